@@ -1,0 +1,28 @@
+"""Labels: the names under which everything of Bulkhead is found on the engine again.
+
+Monitoring, `make down` and the policy pack recognise a resource by these, never by guessing from its name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+ENVIRONMENT = "bulkhead.environment"
+TIER = "bulkhead.tier"
+SERVICE = "bulkhead.service"
+
+
+def labels(environment: str, tier: str, service: str | None = None) -> dict[str, str]:
+    """The labels of one resource: its environment, its tier and, where it applies, its service."""
+    own = {ENVIRONMENT: environment, TIER: str(tier)}
+    return own if service is None else own | {SERVICE: service}
+
+
+def label_inputs(*sets: Mapping[str, str]) -> list[Any]:
+    """Label sets merged (a later set wins) in the list form of docker resources, in a stable order.
+
+    Untyped, since each docker resource declares a class of its own for the same pair.
+    """
+    merged: dict[str, str] = {}
+    for one in sets:
+        merged |= one
+    return [{"label": label, "value": value} for label, value in sorted(merged.items())]

@@ -1,0 +1,348 @@
+"""Service: the containers of one compose service, hardened, in their environment's slice.
+
+`container_args` is the whole mapping from Compose to the engine, as a plain function: hardening must not depend on
+transforms or hooks, which neither mocks nor other callers would run. It builds no image and makes no network.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pulumi
+import pulumi_docker as docker
+
+from components.labels import label_inputs, labels
+from settings.compose import Healthcheck, seconds
+from settings.compose import Service as ComposeService
+from settings.ledger import Tier
+
+MIB = 1024 * 1024
+# What the engine's default set gives beyond what ordinary images use at start (chown, drop to a user, low ports).
+# NET_RAW allows ARP spoofing within a bridge (CIS Docker Benchmark 5.3). `cap_add` brings one back.
+DROPPED_CAPABILITIES = ("AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP", "SYS_CHROOT")
+NO_NEW_PRIVILEGES = "no-new-privileges"
+# Compose's default between the stop signal and the kill, in seconds.
+STOP_GRACE = 10
+# Without rotation one chatty container fills the disk that all environments share.
+LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
+LOOPBACK = "127.0.0.1"
+# Docker's own defaults of a healthcheck.
+HEALTH_INTERVAL, HEALTH_TIMEOUT, HEALTH_RETRIES = "30s", "30s", 3
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One network of a service: the engine's name for it, and the names the service answers to there."""
+
+    network: pulumi.Input[str]
+    aliases: Sequence[str] = ()
+    ipv4_address: str | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """A file put into the container before it starts: a secret or a config. `mode` is octal text."""
+
+    target: str
+    content: pulumi.Input[str]
+    mode: str = "0444"
+    uid: str | None = None
+    gid: str | None = None
+
+
+@dataclass(frozen=True)
+class ServiceArgs:
+    """One service; `key` is its name in the compose file.
+
+    `image_id`: an id or a digest. `cgroup_parent`: the environment's slice. `volumes`: the engine's names of the
+    volumes that the service's mounts name. `variables`: the container's environment. `modes`: `network`, `pid` and
+    `ipc` modes where the service sets them. `runs_to_completion`: others wait for its successful end.
+    `cgroup_version`: of the host: a memory reservation protects under 2 and harms under 1.
+    """
+
+    environment: str
+    tier: Tier
+    key: str
+    service: ComposeService
+    image_id: pulumi.Input[str]
+    cgroup_parent: pulumi.Input[str]
+    attachments: Sequence[Attachment] = ()
+    volumes: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
+    files: Sequence[File] = ()
+    variables: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
+    modes: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
+    runs_to_completion: bool = False
+    cgroup_version: pulumi.Input[int] = 1
+
+
+class Service(pulumi.ComponentResource):
+    """A service's containers, `{name}-1` to `{name}-N`, each with a random suffix of the engine's side."""
+
+    container_ids: pulumi.Output[list[str]]
+    health: str
+    completed: pulumi.Output[pulumi.Resource]
+
+    def __init__(self, name: str, args: ServiceArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("bulkhead:index:Service", name, None, opts)
+        kwargs = container_args(args)
+        containers = [
+            docker.Container(
+                f"{name}-{number}",
+                **kwargs,
+                opts=pulumi.ResourceOptions(parent=self, delete_before_replace=not starts_first(args.service)),
+            )
+            for number in range(1, args.service.deploy.replicas + 1)
+        ]
+        self.container_ids = pulumi.Output.all(*[container.id for container in containers])
+        self.health = "healthy" if kwargs.get("wait") else "unchecked"
+        self.completed = pulumi.Output.all(*[container.exit_code for container in containers]).apply(
+            lambda codes: self._succeeded(name, codes)
+        )
+        self.register_outputs({"container_ids": self.container_ids, "health": self.health})
+
+    def _succeeded(self, name: str, codes: Sequence[int | None]) -> pulumi.Resource:
+        """This service, once its containers have ended well. Raises `pulumi.RunError` when one has not."""
+        if bad := [code for code in codes if code]:
+            raise pulumi.RunError(
+                f"{name}: ended with exit code {bad[0]}, and other services wait for its success "
+                f"(depends_on: service_completed_successfully). Read its output: docker logs {name}-1-…"
+            )
+        return self
+
+
+def starts_first(service: ComposeService) -> bool:
+    """Whether a new container starts before the old one stops: `deploy.update_config.order`, else where it is safe.
+
+    Not safe: two containers on one host port (the second cannot start) or writing to one volume (a database's two
+    servers on the same files destroy them).
+    """
+    if service.deploy.update_config.order is not None:
+        return service.deploy.update_config.order == "start-first"
+    publishes = any(port.published for port in service.ports)
+    writes = any(mount.type != "tmpfs" and not mount.read_only for mount in service.volumes)
+    return not publishes and not writes and not service.network_mode
+
+
+def container_args(args: ServiceArgs) -> dict[str, Any]:
+    """Arguments of `pulumi_docker.Container` for one service. Keys whose value is Compose's default are left out."""
+    service = args.service
+    grace = STOP_GRACE if service.stop_grace_period is None else round(service.stop_grace_period)
+    one_shot = args.runs_to_completion
+    resources = {
+        "image": args.image_id,
+        "cgroup_parent": args.cgroup_parent,
+        "command": list_or_none(service.command),
+        "entrypoints": list_or_none(service.entrypoint),
+        "envs": environment_list(args.variables),
+        "labels": label_inputs(service.labels, labels(args.environment, args.tier, args.key)),
+        "hostname": service.hostname,
+        "user": service.user,
+        "working_dir": service.working_dir,
+        "read_only": service.read_only or None,
+        "privileged": service.privileged or None,
+        "init": service.init,
+        "stdin_open": service.stdin_open or None,
+        "tty": service.tty or None,
+        "platform": service.platform,
+        "runtime": service.runtime,
+        "shm_size": None if service.shm_size is None else service.shm_size // MIB,
+        "sysctls": dict(service.sysctls) or None,
+        "dns": list_or_none(service.dns),
+        "hosts": [entry.model_dump() for entry in service.extra_hosts] or None,
+        "ulimits": [
+            {"name": name, "soft": limit.soft, "hard": limit.hard} for name, limit in sorted(service.ulimits.items())
+        ]
+        or None,
+        "devices": [
+            {
+                "host_path": device.source,
+                "container_path": device.target or device.source,
+                "permissions": device.permissions,
+            }
+            for device in service.devices
+        ]
+        or None,
+        "tmpfs": tmpfs(service) or None,
+        "stop_signal": service.stop_signal,
+        "stop_timeout": grace,
+        # Without it the provider kills at once when it deletes a container.
+        "destroy_grace_seconds": grace,
+        "log_driver": service.logging.driver if service.logging else "json-file",
+        "log_opts": log_options(service),
+        "capabilities": capabilities(service),
+        "security_opts": security_options(service),
+        "volumes": mounts(args) or None,
+        "uploads": uploads(args.files) or None,
+        "ports": ports(args) or None,
+        "network_mode": args.modes.get("network"),
+        "pid_mode": args.modes.get("pid"),
+        "ipc_mode": args.modes.get("ipc"),
+        "networks_advanced": networks(args) or None,
+        # A one-shot is done when it has ended; to the provider it is a container that need not run.
+        "must_run": False if one_shot else None,
+        "attach": True if one_shot else None,
+    }
+    resources |= limits(args) | health(service.healthcheck, one_shot) | restart(service.restart)
+    return {key: value for key, value in resources.items() if value is not None}
+
+
+def list_or_none(items: Sequence[str] | None) -> list[str] | None:
+    """A list for the provider, and None for what the user did not write."""
+    return None if items is None or not items else list(items)
+
+
+def environment_list(variables: Mapping[str, pulumi.Input[str]]) -> pulumi.Input[Sequence[str]] | None:
+    """`NAME=value` in name order; secret when one of the values is."""
+    if not variables:
+        return None
+    return pulumi.Output.all(**variables).apply(lambda known: [f"{name}={known[name]}" for name in sorted(known)])
+
+
+def capabilities(service: ComposeService) -> dict[str, list[str]]:
+    """Added and dropped capabilities, in the engine's spelling so that a refresh finds no difference."""
+    adds = {spelled(name) for name in service.cap_add}
+    drops = {spelled(name) for name in service.cap_drop}
+    if "ALL" not in drops:
+        drops |= {spelled(name) for name in DROPPED_CAPABILITIES} - adds
+    return {"adds": sorted(adds), "drops": sorted(drops)}
+
+
+def spelled(capability: str) -> str:
+    """`net_raw` as `CAP_NET_RAW`; `ALL` stays."""
+    name = capability.upper().removeprefix("CAP_")
+    return name if name == "ALL" else f"CAP_{name}"
+
+
+def security_options(service: ComposeService) -> list[str]:
+    """The service's own options, and no-new-privileges unless it says otherwise (CIS Docker Benchmark 5.25)."""
+    options = [
+        option.replace("=", ":", 1) if option.startswith(NO_NEW_PRIVILEGES) else option
+        for option in service.security_opt
+    ]
+    if any(option.startswith(NO_NEW_PRIVILEGES) for option in options):
+        return sorted(options)
+    return sorted([*options, f"{NO_NEW_PRIVILEGES}:true"])
+
+
+def log_options(service: ComposeService) -> dict[str, str] | None:
+    """The service's own logging options; rotation where it names none of the file drivers' own."""
+    if service.logging is not None and (
+        service.logging.options or service.logging.driver not in ("json-file", "local")
+    ):
+        return dict(service.logging.options) or None
+    return dict(LOG_OPTIONS)
+
+
+def tmpfs(service: ComposeService) -> dict[str, str]:
+    """Memory file systems by path, with their mount options."""
+    found = {path: options for path, _, options in (entry.partition(":") for entry in service.tmpfs)}
+    for mount in service.volumes:
+        if mount.type == "tmpfs":
+            options = {"size": mount.tmpfs_size, "mode": mount.tmpfs_mode and f"{mount.tmpfs_mode:o}"}
+            found[mount.target] = ",".join(f"{key}={value}" for key, value in options.items() if value is not None)
+    return found
+
+
+def mounts(args: ServiceArgs) -> list[dict[str, Any]]:
+    """Named volumes and binds; and, below a read-only root, an anonymous volume for each folder of files."""
+    found: list[dict[str, Any]] = []
+    for mount in args.service.volumes:
+        if mount.type == "volume":
+            found.append({"volume_name": args.volumes[mount.source or ""], "container_path": mount.target})
+        elif mount.type == "bind":
+            found.append({"host_path": mount.source, "container_path": mount.target})
+        if mount.type != "tmpfs" and mount.read_only:
+            found[-1]["read_only"] = True
+    if args.service.read_only:
+        # The engine refuses to copy files into a read-only root, but not into a volume. The volume is the
+        # container's own and goes with it.
+        taken = {mount.target for mount in args.service.volumes}
+        folders = {str(PurePosixPath(file.target).parent) for file in args.files} - taken
+        found += [{"container_path": folder} for folder in sorted(folders)]
+    return found
+
+
+def uploads(files: Sequence[File]) -> list[dict[str, Any]]:
+    """Files for the provider to copy in between create and start."""
+    return [
+        {"file": file.target, "content": file.content, "permissions": file.mode}
+        | ({"owner": file.uid} if file.uid else {})
+        | ({"group": file.gid} if file.gid else {})
+        for file in sorted(files, key=lambda file: file.target)
+    ]
+
+
+def ports(args: ServiceArgs) -> list[dict[str, Any]]:
+    """Published ports. In a best-effort environment one without an address is on loopback only."""
+    default_ip = None if args.tier is Tier.PROTECTED else LOOPBACK
+    return [
+        {"internal": port.target, "protocol": port.protocol}
+        | ({"external": port.published} if port.published else {})
+        | ({"ip": ip} if (ip := port.host_ip or default_ip) else {})
+        for port in args.service.ports
+    ]
+
+
+def networks(args: ServiceArgs) -> list[dict[str, Any]]:
+    """Attachments, with the service's name among the aliases: containers have random names."""
+    return [
+        {"name": attachment.network, "aliases": sorted({args.key, *attachment.aliases})}
+        | ({"ipv4_address": attachment.ipv4_address} if attachment.ipv4_address else {})
+        for attachment in args.attachments
+    ]
+
+
+def limits(args: ServiceArgs) -> dict[str, Any]:
+    """Ceilings and reservations of one container.
+
+    Swap is set equal to memory: without it every run shows a difference, and swapping would turn a memory limit
+    into an IO storm. A CPU reservation is a weight within the environment's slice. Memory is in MiB, rounded down.
+    """
+    limit, reserved = args.service.deploy.resources.limits, args.service.deploy.resources.reservations
+    found: dict[str, Any] = {}
+    if limit.memory is not None:
+        found |= {"memory": limit.memory // MIB, "memory_swap": limit.memory // MIB}
+    if limit.cpus is not None:
+        found["cpus"] = f"{limit.cpus:g}"
+    if reserved.cpus is not None:
+        found["cpu_shares"] = max(2, round(1024 * reserved.cpus))
+    if (memory := reserved.memory) is not None:
+        found["memory_reservation"] = pulumi.Output.from_input(args.cgroup_version).apply(
+            lambda version: memory // MIB if version == 2 else 0
+        )
+    return found
+
+
+def health(check: Healthcheck | None, one_shot: bool) -> dict[str, Any]:
+    """The healthcheck, and a deploy that waits for it: an unhealthy new container never replaces a healthy one."""
+    if check is None:
+        return {}
+    if check.disable:
+        return {"healthcheck": {"tests": ["NONE"]}}
+    written = {
+        "tests": None if check.test is None else list(check.test),
+        "interval": check.interval,
+        "timeout": check.timeout,
+        "start_period": check.start_period,
+        "start_interval": check.start_interval,
+        "retries": check.retries,
+    }
+    found: dict[str, Any] = {"healthcheck": {key: value for key, value in written.items() if value is not None}}
+    return found if one_shot else found | {"wait": True, "wait_timeout": health_timeout(check)}
+
+
+def health_timeout(check: Healthcheck) -> int:
+    """Seconds after which a container that is not healthy has had every chance that its own check gives it."""
+    interval = seconds(check.interval or HEALTH_INTERVAL)
+    timeout = seconds(check.timeout or HEALTH_TIMEOUT)
+    retries = HEALTH_RETRIES if check.retries is None else check.retries
+    return round(seconds(check.start_period or "0s") + (interval + timeout) * (retries + 1)) + 10
+
+
+def restart(policy: str | None) -> dict[str, Any]:
+    """The restart policy; `on-failure:N` carries its count."""
+    if policy is None:
+        return {}
+    name, _, count = policy.partition(":")
+    return {"restart": name} | ({"max_retry_count": int(count)} if count else {})

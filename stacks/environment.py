@@ -1,0 +1,87 @@
+"""An environment's stack: its compose files, built on what the host stack promises it."""
+
+from typing import Any
+
+import pulumi
+import pulumi_command as command
+import pulumi_docker as docker
+from settings.project import check_ports, read_environment, root
+
+from components.environment import Environment, EnvironmentArgs
+from settings import compose, host
+from settings.errors import SettingsError
+from settings.ledger import LedgerSettings
+
+
+def build() -> Environment:
+    """The environment that the stack is named after. Returned so that a stack's own module can build on it."""
+    name = pulumi.get_stack()
+    ledger = LedgerSettings.read(root() / "Pulumi.host.yaml")
+    promised = ledger.environment(name)
+    settings = read_environment(name)
+    check_ports(ledger)
+    project = compose.read(
+        settings.compose,
+        environment=name,
+        profiles=settings.profiles,
+        variables=settings.variables,
+        secrets=settings.secret_names,
+    )
+    check_images(project, ledger.host)
+    secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
+    told = pulumi.StackReference("host", stack_name=host_stack()).require_output("environments")
+    mine = told.apply(lambda environments: promise(environments, name))
+    environment = Environment(
+        name,
+        EnvironmentArgs(
+            project=project,
+            tier=promised.tier,
+            subnet=promised.subnet,
+            cgroup_parent=mine["cgroup_parent"],
+            cgroup_version=mine["cgroup_version"],
+            secrets={} if secrets is None else {key: secrets[key] for key in settings.secret_names},
+        ),
+        opts=pulumi.ResourceOptions(
+            providers=[docker.Provider("docker", host=host.address(ledger.host)), command.Provider("command")]
+        ),
+    )
+    pulumi.export("environment", name)
+    pulumi.export("tier", str(promised.tier))
+    pulumi.export("slice", {"cgroup_parent": mine["cgroup_parent"], "budget": mine["budget"]})
+    pulumi.export("endpoints", environment.endpoints)
+    pulumi.export("networks", environment.networks)
+    pulumi.export("volumes", environment.volumes)
+    pulumi.export("services", environment.services)
+    return environment
+
+
+def host_stack() -> str:
+    """The full name of the host stack, beside this one."""
+    return f"{pulumi.get_organization()}/{pulumi.get_project()}/host"
+
+
+def promise(environments: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the deployed host stack promises this environment. Raises `pulumi.RunError` when it does not know it."""
+    if name not in environments:
+        raise pulumi.RunError(
+            f"The host stack promises nothing to environment {name}: it knows {', '.join(sorted(environments))}. "
+            "Deploy the ledger first: make up ENV=host"
+        )
+    return dict(environments[name])
+
+
+def check_images(project: compose.Project, address: str | None) -> None:
+    """Raises `SettingsError` for an image that neither the engine nor its registry has.
+
+    Found at preview, it costs nothing; found halfway through `up`, it leaves half an environment.
+    """
+    wanted = {service.image: key for key, service in project.services.items() if service.build is None}
+    for image, reason in host.missing_images(sorted(wanted), address).items():
+        raise SettingsError(
+            file=", ".join(project.files),
+            service=wanted[image],
+            key="image",
+            value=image,
+            problem=f"no such image: {reason}",
+            remedy="Check name and tag, log in to its registry on the host, or build it (build:).",
+        )

@@ -1,0 +1,53 @@
+"""The host stack: what the one Docker host promises each environment of the ledger, and the slices that keep it."""
+
+import pulumi
+import pulumi_command as command
+from settings.project import root
+
+from components.slice import Slice, SliceArgs
+from settings import host
+from settings.ledger import Budget, LedgerSettings
+
+
+def build() -> None:
+    """Slices for every environment of the ledger; outputs that the environments' stacks and monitoring read."""
+    settings = LedgerSettings.read(root() / "Pulumi.host.yaml")
+    facts = host.facts(settings.host)
+    ledger = settings.resolve({"cpus": facts.cpus, "memory": facts.memory, "disk": facts.disk})
+    provider = command.Provider("command")
+    told = {}
+    for environment in ledger.environments.values():
+        slice_ = Slice(
+            environment.name,
+            SliceArgs(
+                environment=environment.name,
+                tier=environment.tier,
+                reservations=environment.reservations,
+                limits=environment.limits,
+                driver=facts.cgroup_driver,
+                cgroup_version=facts.cgroup_version,
+                capacity_cpus=ledger.capacity.cpus,
+                system_cpus=ledger.system.cpus or 0.0,
+                host=settings.host,
+                boot=facts.boot_id,
+            ),
+            opts=pulumi.ResourceOptions(providers=[provider]),
+        )
+        told[environment.name] = {
+            "tier": str(environment.tier),
+            "subnet": str(environment.subnet),
+            "cgroup_parent": slice_.cgroup_parent,
+            "budget": {
+                "reservations": budget(environment.reservations),
+                "limits": budget(environment.limits),
+            },
+        }
+    pulumi.export("capacity", ledger.capacity.model_dump())
+    pulumi.export("system", budget(ledger.system))
+    pulumi.export("cgroup", {"driver": facts.cgroup_driver, "version": facts.cgroup_version})
+    pulumi.export("environments", told)
+
+
+def budget(share: Budget | None) -> dict[str, float | int | None] | None:
+    """A budget for the outputs: CPUs, bytes, processes; None where nothing is promised."""
+    return None if share is None else share.model_dump()

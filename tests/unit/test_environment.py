@@ -1,0 +1,207 @@
+"""An environment from its compose files: names, ranges, what is internal, and the resources under Pulumi's mocks."""
+
+from ipaddress import IPv4Network
+from typing import Any
+
+import pulumi
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.environment import Environment, EnvironmentArgs, allocate, is_internal, notes
+from settings.compose import Network, Project
+from settings.errors import SettingsError
+from settings.ledger import Tier
+
+RANGE = IPv4Network("10.81.0.0/16")
+KEYS = st.sets(st.from_regex(r"[a-z][a-z0-9_-]{0,12}", fullmatch=True), min_size=1, max_size=40)
+
+
+def project(**parts: Any) -> Project:
+    """A project of environment prod with the given services, networks and so on."""
+    return Project.model_validate({"environment": "prod", "files": ("compose.yaml",), "services": {}} | parts)
+
+
+@given(keys=KEYS)
+def test_ranges_lie_in_the_environments_and_never_overlap(keys: set[str]) -> None:
+    found = list(allocate(RANGE, {key: Network() for key in keys}).values())
+    assert len(found) == len(keys)
+    assert all(one.subnet_of(RANGE) for one in found)
+    assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[:i])
+
+
+@given(keys=KEYS)
+def test_ranges_do_not_depend_on_the_order_of_the_file(keys: set[str]) -> None:
+    assert allocate(RANGE, {key: Network() for key in sorted(keys)}) == allocate(
+        RANGE, {key: Network() for key in sorted(keys, reverse=True)}
+    )
+
+
+def test_a_network_keeps_its_range_when_another_comes() -> None:
+    before = allocate(RANGE, {"backend": Network()})
+    after = allocate(RANGE, {"backend": Network(), "frontend": Network()})
+    assert after["backend"] == before["backend"]
+
+
+def test_a_written_range_is_kept_and_others_avoid_it() -> None:
+    wanted = str(allocate(RANGE, {"backend": Network()})["backend"])
+    found = allocate(RANGE, {"admin": Network(subnet=wanted), "backend": Network()})
+    assert str(found["admin"]) == wanted
+    assert not found["backend"].overlaps(found["admin"])
+
+
+def test_more_networks_than_fit_name_the_range_and_the_remedy() -> None:
+    small = IPv4Network("10.81.0.0/27")
+    with pytest.raises(SettingsError, match=r"10.81.0.0/27.*room for 2 networks.*/16"):
+        allocate(small, {"a": Network(), "b": Network(), "c": Network()})
+
+
+def test_a_network_is_internal_unless_a_service_on_it_publishes_or_the_user_opens_it() -> None:
+    given_project = project(
+        services={"web": {"image": "web", "networks": {"front": {}}, "ports": [{"target": 80, "published": 80}]}},
+        networks={
+            "front": {},
+            "back": {},
+            "out": {"x_bulkhead": {"egress": True}},
+            "shut": {"internal": True, "x_bulkhead": {"egress": True}},
+        },
+    )
+    assert {key: is_internal(key, given_project) for key in given_project.networks} == {
+        "front": False,
+        "back": True,
+        "out": False,
+        "shut": True,
+    }
+
+
+def test_the_run_says_where_it_differs_from_compose() -> None:
+    given_project = project(
+        services={"web": {"image": "web", "networks": {"front": {}}, "ports": [{"target": 80, "published": 80}]}},
+        networks={"front": {}, "back": {}},
+    )
+    told = notes(given_project, Tier.BEST_EFFORT)
+    assert any("network back: internal" in note and "egress" in note for note in told)
+    assert any("service web: port 80 is published on 127.0.0.1 only" in note for note in told)
+    assert len(notes(given_project, Tier.PROTECTED)) == 1
+
+
+class Engine(pulumi.runtime.Mocks):
+    """Records what would be registered; every id is the resource's name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, pulumi.runtime.MockResourceArgs] = {}
+
+    def new_resource(self, args: pulumi.runtime.MockResourceArgs) -> tuple[str | None, dict[Any, Any]]:
+        self.seen[f"{args.typ}::{args.name}"] = args
+        extra = {"imageId": "sha256:1"} if args.typ.endswith("RemoteImage") else {}
+        return args.name, dict(args.inputs) | extra
+
+    def call(self, _args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
+        return {}, None
+
+
+@pytest.fixture
+def engine() -> Engine:
+    mocks = Engine()
+    pulumi.runtime.set_mocks(mocks, project="bulkhead", stack="prod")
+    return mocks
+
+
+def deployed(engine: Engine, given_project: Project, tier: Tier = Tier.PROTECTED, **rest: Any) -> Environment:
+    """The environment of a project, registered with the mocks."""
+    made: list[Environment] = []
+
+    @pulumi.runtime.test
+    def run() -> pulumi.Output[Any]:
+        made.append(
+            Environment(
+                "prod",
+                EnvironmentArgs(project=given_project, tier=tier, subnet=RANGE, cgroup_parent="/bulkhead-prod", **rest),
+            )
+        )
+        return made[0].services
+
+    run()
+    return made[0]
+
+
+SHOP = {
+    "services": {
+        "api": {
+            "image": "api",
+            "environment": {"TOKEN": "Bearer bulkhead-secret:token:!"},
+            "networks": {"backend": {}},
+            "secrets": [{"source": "db_password"}],
+            "depends_on": {"db": {"condition": "service_healthy"}},
+            "deploy": {"replicas": 2},
+        },
+        "db": {
+            "image": "db",
+            "networks": {"backend": {}},
+            "volumes": [{"type": "volume", "source": "data", "target": "/d"}],
+            "healthcheck": {"test": ["CMD", "ok"]},
+        },
+    },
+    "networks": {"backend": {}},
+    "volumes": {"data": {}},
+    "secrets": {"db_password": {"external": True, "x_bulkhead": {"generate": 32}}},
+}
+CONTAINER = "docker:index/container:Container"
+
+
+def test_every_name_that_another_party_must_know_is_explicit_and_derived(engine: Engine) -> None:
+    deployed(engine, project(**SHOP), secrets={"token": "t"})
+    assert engine.seen["docker:index/network:Network::prod-backend-bridge"].inputs["name"] == "prod-backend"
+    assert engine.seen["docker:index/volume:Volume::prod-data-data"].inputs["name"] == "prod-data"
+
+
+def test_containers_are_auto_named_one_for_each_replica_in_the_environments_slice(engine: Engine) -> None:
+    deployed(engine, project(**SHOP), secrets={"token": "t"})
+    names = sorted(key.split("::")[1] for key in engine.seen if key.startswith(CONTAINER))
+    assert names == ["prod-api-1", "prod-api-2", "prod-db-1"]
+    for name in names:
+        inputs = engine.seen[f"{CONTAINER}::{name}"].inputs
+        assert inputs["cgroupParent"] == "/bulkhead-prod"
+        assert "name" not in inputs
+
+
+def test_a_secret_reaches_only_the_service_that_asks_for_it(engine: Engine) -> None:
+    deployed(engine, project(**SHOP), secrets={"token": "t"})
+    assert engine.seen[f"{CONTAINER}::prod-api-1"].inputs["uploads"][0]["file"] == "/run/secrets/db_password"
+    assert "uploads" not in engine.seen[f"{CONTAINER}::prod-db-1"].inputs
+
+
+def test_a_secret_variable_is_put_into_the_environment_at_deploy(engine: Engine) -> None:
+    deployed(engine, project(**SHOP), secrets={"token": "hunter2"})
+    envs = engine.seen[f"{CONTAINER}::prod-api-1"].inputs["envs"]
+    assert (envs.get("value") if isinstance(envs, dict) else envs) == ["TOKEN=Bearer hunter2!"]
+
+
+def test_a_secret_without_a_value_names_itself_and_both_remedies(engine: Engine) -> None:
+    lost = project(services={"a": {"image": "a"}}, secrets={"key": {"external": True}})
+    with pytest.raises(SettingsError, match=r"secrets.key.*no value.*pulumi config set.*generate"):
+        deployed(engine, lost)
+
+
+def test_an_external_network_is_attached_by_name_and_not_made(engine: Engine) -> None:
+    deployed(
+        engine,
+        project(
+            services={"a": {"image": "a", "networks": {"other": {}}}},
+            networks={"other": {"external": True, "name": "prod-backend"}},
+        ),
+    )
+    assert not [key for key in engine.seen if "Network" in key and key.startswith("docker")]
+    assert engine.seen[f"{CONTAINER}::prod-a-1"].inputs["networksAdvanced"][0]["name"] == "prod-backend"
+
+
+def test_services_with_the_same_build_share_one_image(engine: Engine, tmp_path: Any) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch")
+    build = {"context": str(tmp_path)}
+    deployed(engine, project(services={"a": {"build": build}, "b": {"build": build}}))
+    assert len([key for key in engine.seen if key.startswith("docker:index/remoteImage")]) == 1
+
+
+def test_network_mode_service_becomes_the_container_of_that_service(engine: Engine) -> None:
+    deployed(engine, project(services={"a": {"image": "a"}, "b": {"image": "b", "network_mode": "service:a"}}))
+    assert engine.seen[f"{CONTAINER}::prod-b-1"].inputs["networkMode"] == "container:prod-a-1"
