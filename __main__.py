@@ -1,13 +1,14 @@
-"""Bulkhead: builds the stack that is selected. `host` realises the ledger; every other stack is an environment."""
+"""Bulkhead: builds the stack that is selected. `stacks/<name>.py` if there is one, else a plain environment."""
+
+from importlib import import_module
+from importlib.util import find_spec
 
 import pulumi
 
 from settings.errors import SettingsError
-from stacks import dev, environment, host, prod
 
-STACKS = {"host": host.build, "prod": prod.build, "dev": dev.build}
-
+module = f"stacks.{pulumi.get_stack().replace('-', '_')}"
 try:
-    STACKS.get(pulumi.get_stack(), environment.build)()
+    import_module(module if find_spec(module) else "stacks.environment").build()
 except SettingsError as error:
     raise pulumi.RunError(str(error)) from None

@@ -17,11 +17,12 @@ import pulumi
 from components.image import Image, ImageArgs
 from components.network import Network, NetworkArgs
 from components.secret import Secret, SecretArgs
-from components.service import LOOPBACK, Attachment, File, Service, ServiceArgs
+from components.service import Attachment, File, Service, ServiceArgs
 from components.volume import Volume, VolumeArgs
 from settings import compose
 from settings.errors import SettingsError
 from settings.ledger import Tier
+from settings.project import ANY_ADDRESS, LOOPBACK, host_address
 
 # Bits that a network's prefix is longer than its environment's: a /16 holds 256 networks of 254 hosts.
 NETWORK_BITS = 8
@@ -37,6 +38,7 @@ class EnvironmentArgs:
 
     `project`: its compose files, read. `subnet`: the range that its networks are cut from. `cgroup_parent`: its
     slice, as the host stack gives it. `secrets`: values by name, for `external` secrets and for variables.
+    `variables`: where secrets and configs with an `environment` take their values.
     """
 
     project: compose.Project
@@ -45,6 +47,7 @@ class EnvironmentArgs:
     cgroup_parent: pulumi.Input[str]
     cgroup_version: pulumi.Input[int] = 1
     secrets: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
 class Environment(pulumi.ComponentResource):
@@ -189,9 +192,9 @@ class Environment(pulumi.ComponentResource):
         if secret.file is not None:
             return Path(secret.file).read_text(), None
         if secret.environment is not None:
-            if secret.environment not in os.environ:
+            if secret.environment not in self._args.variables:
                 raise self._no_secret(key, secret.environment, f"Set {secret.environment} for the deploy.")
-            return os.environ[secret.environment], None
+            return self._revealed(self._args.variables[secret.environment]), None
         if name in self._args.secrets:
             return self._args.secrets[name], None
         if secret.x_bulkhead.generate is not None:
@@ -241,7 +244,10 @@ class Environment(pulumi.ComponentResource):
                 volumes=volumes,
                 files=[
                     *(secret_file(grant, secrets[grant.source]) for grant in service.secrets),
-                    *(config_file(grant, project.configs[grant.source]) for grant in service.configs),
+                    *(
+                        granted(grant, grant.target or f"/{grant.source}", self._content(project.configs[grant.source]))
+                        for grant in service.configs
+                    ),
                 ],
                 variables={
                     name: self._revealed(value) for name, value in service.environment.items() if value is not None
@@ -258,6 +264,14 @@ class Environment(pulumi.ComponentResource):
                 ],
             ),
         )
+
+    def _content(self, config: compose.Config) -> pulumi.Input[str]:
+        """What a config holds: a file's text, a variable's value, or what is written in place."""
+        if config.file is not None:
+            return Path(config.file).read_text()
+        if config.environment is not None:
+            return self._revealed(self._args.variables[config.environment])
+        return config.content or ""
 
     def _revealed(self, value: str) -> pulumi.Input[str]:
         """A variable's value with the secrets that it names put in; secret then itself."""
@@ -339,17 +353,6 @@ def secret_file(grant: compose.FileGrant, value: pulumi.Output[str]) -> File:
     return granted(grant, target if target.startswith("/") else f"{SECRETS_FOLDER}/{target}", value)
 
 
-def config_file(grant: compose.FileGrant, config: compose.Config) -> File:
-    """A config as a file; its default place is the root, as Compose has it."""
-    if config.file is not None:
-        content = Path(config.file).read_text()
-    elif config.environment is not None:
-        content = os.environ[config.environment]
-    else:
-        content = config.content or ""
-    return granted(grant, grant.target or f"/{grant.source}", content)
-
-
 def granted(grant: compose.FileGrant, target: str, content: pulumi.Input[str]) -> File:
     """A file with the owner and mode of its grant."""
     return File(
@@ -363,11 +366,10 @@ def granted(grant: compose.FileGrant, target: str, content: pulumi.Input[str]) -
 
 def endpoints(project: compose.Project, tier: Tier) -> list[dict[str, str | int | None]]:
     """Where each published port answers, in service order."""
-    default_ip = "0.0.0.0" if tier is Tier.PROTECTED else LOOPBACK  # noqa: S104 - Compose's default, said aloud
     return [
         {
             "service": key,
-            "address": port.host_ip or default_ip,
+            "address": host_address(port, tier) or ANY_ADDRESS,
             "port": port.published,
             "target": port.target,
             "protocol": port.protocol,

@@ -13,9 +13,10 @@ import pulumi
 import pulumi_docker as docker
 
 from components.labels import label_inputs, labels
-from settings.compose import Healthcheck, seconds
-from settings.compose import Service as ComposeService
 from settings.ledger import Tier
+from settings.model import Healthcheck, seconds
+from settings.model import Service as ComposeService
+from settings.project import host_address
 
 MIB = 1024 * 1024
 # What the engine's default set gives beyond what ordinary images use at start (chown, drop to a user, low ports).
@@ -26,7 +27,6 @@ NO_NEW_PRIVILEGES = "no-new-privileges"
 STOP_GRACE = 10
 # Without rotation one chatty container fills the disk that all environments share.
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
-LOOPBACK = "127.0.0.1"
 # Docker's own defaults of a healthcheck.
 HEALTH_INTERVAL, HEALTH_TIMEOUT, HEALTH_RETRIES = "30s", "30s", 3
 
@@ -275,11 +275,10 @@ def uploads(files: Sequence[File]) -> list[dict[str, Any]]:
 
 def ports(args: ServiceArgs) -> list[dict[str, Any]]:
     """Published ports. In a best-effort environment one without an address is on loopback only."""
-    default_ip = None if args.tier is Tier.PROTECTED else LOOPBACK
     return [
         {"internal": port.target, "protocol": port.protocol}
         | ({"external": port.published} if port.published else {})
-        | ({"ip": ip} if (ip := port.host_ip or default_ip) else {})
+        | ({"ip": ip} if (ip := host_address(port, args.tier)) else {})
         for port in args.service.ports
     ]
 

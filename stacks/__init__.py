@@ -1,4 +1,4 @@
-"""What each stack consists of: `host` first, then one module for each environment that has more than compose files.
+"""What each stack consists of: `host` first, then one module for each environment that is more than compose files.
 
-A stack without a module of its own here is built by `stacks.environment` from its settings alone.
+`stacks/<name>.py` builds stack `<name>` (dashes as underscores); one without a module is a plain `environment`.
 """

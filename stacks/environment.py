@@ -1,16 +1,17 @@
 """An environment's stack: its compose files, built on what the host stack promises it."""
 
+import os
 from typing import Any
 
 import pulumi
 import pulumi_command as command
 import pulumi_docker as docker
-from settings.project import check_ports, read_environment, root
 
 from components.environment import Environment, EnvironmentArgs
 from settings import compose, host
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings
+from settings.project import check_ports, read_environment, read_project, root
 
 
 def build() -> Environment:
@@ -19,14 +20,8 @@ def build() -> Environment:
     ledger = LedgerSettings.read(root() / "Pulumi.host.yaml")
     promised = ledger.environment(name)
     settings = read_environment(name)
-    check_ports(ledger)
-    project = compose.read(
-        settings.compose,
-        environment=name,
-        profiles=settings.profiles,
-        variables=settings.variables,
-        secrets=settings.secret_names,
-    )
+    project = read_project(settings)
+    check_ports(ledger, name)
     check_images(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     told = pulumi.StackReference("host", stack_name=host_stack()).require_output("environments")
@@ -39,6 +34,11 @@ def build() -> Environment:
             subnet=promised.subnet,
             cgroup_parent=mine["cgroup_parent"],
             cgroup_version=mine["cgroup_version"],
+            variables={
+                **os.environ,
+                **settings.variables,
+                **{key: compose.SECRET_PLACEHOLDER.format(name=key) for key in settings.secret_names},
+            },
             secrets={} if secrets is None else {key: secrets[key] for key in settings.secret_names},
         ),
         opts=pulumi.ResourceOptions(
@@ -75,7 +75,9 @@ def check_images(project: compose.Project, address: str | None) -> None:
 
     Found at preview, it costs nothing; found halfway through `up`, it leaves half an environment.
     """
-    wanted = {service.image: key for key, service in project.services.items() if service.build is None}
+    wanted = {
+        service.image: key for key, service in project.services.items() if service.build is None and service.image
+    }
     for image, reason in host.missing_images(sorted(wanted), address).items():
         raise SettingsError(
             file=", ".join(project.files),

@@ -1,19 +1,23 @@
 """The host stack: what the one Docker host promises each environment of the ledger, and the slices that keep it."""
 
+from pathlib import Path
+
 import pulumi
 import pulumi_command as command
-from settings.project import root
 
 from components.slice import Slice, SliceArgs
 from settings import host
 from settings.ledger import Budget, LedgerSettings
+from settings.project import root
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def build() -> None:
     """Slices for every environment of the ledger; outputs that the environments' stacks and monitoring read."""
     settings = LedgerSettings.read(root() / "Pulumi.host.yaml")
     facts = host.facts(settings.host)
-    ledger = settings.resolve({"cpus": facts.cpus, "memory": facts.memory, "disk": facts.disk})
+    ledger = settings.resolve(facts.capacity())
     provider = command.Provider("command")
     told = {}
     for environment in ledger.environments.values():
@@ -29,7 +33,7 @@ def build() -> None:
                 capacity_cpus=ledger.capacity.cpus,
                 system_cpus=ledger.system.cpus or 0.0,
                 host=settings.host,
-                boot=facts.boot_id,
+                boot=BOOT_ID.read_text().strip() if facts.local else "",
             ),
             opts=pulumi.ResourceOptions(providers=[provider]),
         )
@@ -37,6 +41,7 @@ def build() -> None:
             "tier": str(environment.tier),
             "subnet": str(environment.subnet),
             "cgroup_parent": slice_.cgroup_parent,
+            "cgroup_version": facts.cgroup_version,
             "budget": {
                 "reservations": budget(environment.reservations),
                 "limits": budget(environment.limits),

@@ -167,14 +167,15 @@ def test_containers_are_auto_named_one_for_each_replica_in_the_environments_slic
 
 def test_a_secret_reaches_only_the_service_that_asks_for_it(engine: Engine) -> None:
     deployed(engine, project(**SHOP), secrets={"token": "t"})
-    assert engine.seen[f"{CONTAINER}::prod-api-1"].inputs["uploads"][0]["file"] == "/run/secrets/db_password"
+    uploads = engine.seen[f"{CONTAINER}::prod-api-1"].inputs["uploads"]["value"]  # a secret, as its content is
+    assert [file["file"] for file in uploads] == ["/run/secrets/db_password"]
     assert "uploads" not in engine.seen[f"{CONTAINER}::prod-db-1"].inputs
 
 
 def test_a_secret_variable_is_put_into_the_environment_at_deploy(engine: Engine) -> None:
     deployed(engine, project(**SHOP), secrets={"token": "hunter2"})
     envs = engine.seen[f"{CONTAINER}::prod-api-1"].inputs["envs"]
-    assert (envs.get("value") if isinstance(envs, dict) else envs) == ["TOKEN=Bearer hunter2!"]
+    assert envs == ["TOKEN=Bearer hunter2!"]
 
 
 def test_a_secret_without_a_value_names_itself_and_both_remedies(engine: Engine) -> None:

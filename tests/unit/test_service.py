@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from components.service import Attachment, File, ServiceArgs, container_args, health_timeout, starts_first
-from settings.compose import Healthcheck, Service
 from settings.ledger import Tier
+from settings.model import Healthcheck, Service
 
 DROPPED = ["CAP_AUDIT_WRITE", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_SYS_CHROOT"]
 PLAIN = {

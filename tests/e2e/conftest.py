@@ -1,0 +1,163 @@
+"""End to end: a copy of this checkout with a ledger and a state of its own, deployed with the real tools.
+
+Environments are named `e2e-…`, so that a deployment of the user's on the same engine is never touched, and everything
+with their labels is removed at the end, also when a test fails.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+import yaml
+
+CHECKOUT = Path(__file__).parents[2]
+LABEL = "bulkhead.environment"
+PROD, DEV, STAGING = "e2e-prod", "e2e-dev", "e2e-staging"
+PORTS = {PROD: "18080", DEV: "18081"}
+LEDGER: dict[str, Any] = {
+    "bulkhead:system": {"cpus": "5%", "memory": "10%"},
+    "bulkhead:environments": {
+        PROD: {"tier": "protected", "subnet": "10.91.0.0/16", "reservations": {"cpus": "60%", "memory": "50%"}},
+        DEV: {
+            "tier": "best-effort",
+            "subnet": "10.92.0.0/16",
+            "limits": {"cpus": "100%", "memory": "20%", "pids": 2048},
+        },
+        STAGING: {
+            "tier": "best-effort",
+            "subnet": "10.93.0.0/16",
+            "limits": {"cpus": "100%", "memory": "10%", "pids": 512},
+        },
+    },
+}
+
+
+class Deployment:
+    """A copy of the checkout, and the commands that a user gives in it."""
+
+    def __init__(self, folder: Path, state: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PULUMI_", "BULKHEAD_"))
+        } | {"XDG_STATE_HOME": str(state), "CI": "true"}
+
+    def make(self, target: str, stack: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        """`make target ENV=stack`, with its output as text. Bounded, so that a hang is a failure."""
+        words = ["make", "--no-print-directory", target, *([f"ENV={stack}"] if stack else [])]
+        return subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+
+    def done(self, target: str, stack: str = "", **variables: str) -> str:
+        """Like `make`, for what has to work."""
+        ran = self.make(target, stack, **variables)
+        assert ran.returncode == 0, ran.stdout[-6000:]
+        return ran.stdout
+
+    def outputs(self, stack: str) -> Any:
+        """The stack's outputs as monitoring reads them."""
+        return json.loads(self.done("outputs", stack))
+
+    def settings(self, stack: str, **changed: Any) -> None:
+        """Writes keys of `Pulumi.<stack>.yaml`, keeping the others."""
+        path = self.folder / f"Pulumi.{stack}.yaml"
+        document = yaml.safe_load(path.read_text()) if path.exists() else {"config": {}}
+        document["config"] |= {f"bulkhead:{key}": value for key, value in changed.items()}
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def copied(folder: Path) -> None:
+    """The files of this checkout, and its installed tools as links."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        source, target = CHECKOUT / name, folder / name
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    for tools in (".venv", ".bulkhead"):
+        (folder / tools).symlink_to(CHECKOUT / tools)
+
+
+@pytest.fixture(scope="session")
+def engine() -> docker.DockerClient:
+    """The engine that the suite deploys to."""
+    return docker.from_env()
+
+
+def ours(engine: docker.DockerClient, environment: str | None = None) -> Mapping[str, list[Any]]:
+    """Everything on the engine that carries a label of the suite's environments (or of one of them)."""
+    names = [environment] if environment else [PROD, DEV, STAGING]
+    found: dict[str, list[Any]] = {"containers": [], "networks": [], "volumes": [], "images": []}
+    for name in names:
+        labelled = {"label": f"{LABEL}={name}"}
+        found["containers"] += engine.containers.list(all=True, filters=labelled)
+        found["networks"] += engine.networks.list(filters=labelled)
+        found["volumes"] += engine.volumes.list(filters=labelled)
+        found["images"] += [image for image in engine.images.list(filters=labelled) if image.tags]
+    return found
+
+
+def groups(environment: str) -> list[Path]:
+    """The environment's cgroups, in whichever hierarchies they are."""
+    return [path for path in Path("/sys/fs/cgroup").rglob(f"bulkhead-{environment}") if path.is_dir()]
+
+
+def removed(engine: docker.DockerClient) -> None:
+    """Removes what the suite's environments have left on the engine and in the cgroup tree."""
+    left = ours(engine)
+    for container in left["containers"]:
+        container.remove(force=True, v=True)
+    for network in left["networks"]:
+        network.remove()
+    for volume in left["volumes"]:
+        volume.remove(force=True)
+    for image in left["images"]:
+        for tag in image.tags:
+            engine.images.remove(tag, force=True)
+    for environment in (PROD, DEV, STAGING):
+        for group in groups(environment):
+            for inner in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
+                inner.rmdir()
+            group.rmdir()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
+    """A project with host, e2e-prod and e2e-dev, not yet deployed; all of it is gone afterwards."""
+    removed(engine)
+    folder, state = tmp_path_factory.mktemp("bulkhead"), tmp_path_factory.mktemp("state")
+    copied(folder)
+    for stack in ("prod", "dev"):
+        (folder / f"Pulumi.{stack}.yaml").unlink()
+    made = Deployment(folder, state)
+    (folder / "Pulumi.host.yaml").write_text(yaml.safe_dump({"config": LEDGER}, sort_keys=False))
+    for stack, overlay in ((PROD, "prod"), (DEV, "dev")):
+        made.settings(
+            stack,
+            compose=["examples/shop/compose.yaml", f"examples/shop/compose.{overlay}.yaml"],
+            variables={"SHOP_PORT": PORTS[stack], "SHOP_DEV_PORT": PORTS[stack]},
+        )
+    try:
+        yield made
+    finally:
+        removed(engine)
