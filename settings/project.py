@@ -1,0 +1,253 @@
+"""The checkout and one environment's settings (`Pulumi.<environment>.yaml`): which compose files, with which variables.
+Also what only all environments together can tell: a port of the host that two of them publish."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from settings.compose import Port, Project, read
+from settings.errors import Frozen, Loc, SettingsError, did_you_mean, dotted, faults, sentence, together
+from settings.ledger import Ledger, LedgerSettings, Tier
+from settings.yamlfile import YamlFile
+
+PublishedPort = tuple[str, int, str]
+"""Host address, port, protocol."""
+
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - what Compose publishes on when no address is written
+LOOPBACK = "127.0.0.1"
+
+_KEYS = ("compose", "profiles", "variables", "secrets")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+
+class EnvironmentSettings(Frozen):
+    """What `Pulumi.<name>.yaml` says. `compose` are absolute paths; of secrets only the names are read."""
+
+    name: str
+    compose: tuple[Path, ...]
+    profiles: tuple[str, ...] = ()
+    variables: Mapping[str, str] = {}
+    secret_names: frozenset[str] = frozenset()
+
+    @field_validator("compose", "profiles", mode="before")
+    @classmethod
+    def _list(cls, written: object) -> object:
+        if not isinstance(written, list):
+            raise ValueError("not a list; write it like [compose.yaml]")
+        return tuple(written)
+
+    @field_validator("variables", mode="before")
+    @classmethod
+    def _plain_text(cls, written: object) -> object:
+        if not isinstance(written, dict):
+            raise ValueError("not a mapping; write it like {LOG_LEVEL: info}")
+        for name, value in written.items():
+            if not _VARIABLE.fullmatch(str(name)):
+                raise ValueError(f"{name!r} is not a variable name; use letters, digits and underscores")
+            if isinstance(value, dict | list) or value is None:
+                raise ValueError(f"{name} is not plain text; a secret belongs under bulkhead:secrets")
+        return {str(name): _as_compose_reads(value) for name, value in written.items()}
+
+    @field_validator("secret_names", mode="before")
+    @classmethod
+    def _encrypted(cls, written: object) -> object:
+        if not isinstance(written, dict):
+            return written
+        if isinstance(written.get("secure"), str):
+            raise ValueError(
+                "encrypted as a whole, so its names cannot be read; set each secret with "
+                "`pulumi config set --secret --path 'bulkhead:secrets.NAME'`"
+            )
+        for name, value in written.items():
+            if not (isinstance(value, dict) and set(value) == {"secure"}):
+                raise ValueError(
+                    f"{name} is not encrypted; set it with "
+                    f"`pulumi config set --secret --path 'bulkhead:secrets.{name}'`"
+                )
+        return frozenset(map(str, written))
+
+    @model_validator(mode="after")
+    def _one_source_per_name(self) -> "EnvironmentSettings":
+        if both := sorted(self.variables.keys() & self.secret_names):
+            raise ValueError(f"{both[0]} is a variable and a secret; keep it in bulkhead:secrets only")
+        return self
+
+
+def _as_compose_reads(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def root() -> Path:
+    """The checkout: BULKHEAD_PROJECT, else the nearest folder upwards with a Pulumi.yaml. SettingsError if none."""
+    named = os.environ.get("BULKHEAD_PROJECT")
+    here = Path(named) if named else Path.cwd()
+    for folder in [here] if named else [here, *here.parents]:
+        if (folder / "Pulumi.yaml").is_file():
+            return folder.resolve()
+    raise SettingsError(
+        file=str(here),
+        key="Pulumi.yaml",
+        problem="not found: this is not a Bulkhead project",
+        remedy="Change into the project's folder, or set BULKHEAD_PROJECT to it.",
+    )
+
+
+def read_environment(name: str, folder: Path | None = None) -> EnvironmentSettings:
+    """Reads `Pulumi.<name>.yaml` of the checkout. SettingsError names file, line, key and remedy."""
+    folder = folder or root()
+    path = folder / f"Pulumi.{name}.yaml"
+    if not path.is_file():
+        raise SettingsError(
+            file=path.name,
+            key="bulkhead:compose",
+            problem="the file does not exist",
+            remedy="Create it with `config: {bulkhead:compose: [compose.yaml]}`, naming its compose files.",
+        )
+    document = YamlFile(path)
+    data = document.data
+    config = data.get("config") if isinstance(data, dict) else None
+    ours = {
+        str(key).removeprefix("bulkhead:"): value
+        for key, value in (config.items() if isinstance(config, dict) else ())
+        if str(key).startswith("bulkhead:")
+    }
+    known = [f"bulkhead:{key}" for key in _KEYS]
+    unknown = [f"bulkhead:{key}" for key in ours if key not in _KEYS]
+    if unknown:
+        raise together([_fault(document, key, "unknown key", did_you_mean(key, known)) for key in unknown])
+    if not ours.get("compose"):
+        raise _fault(document, "bulkhead:compose", "missing", "Name the environment's compose files: [compose.yaml].")
+    try:
+        settings = EnvironmentSettings(
+            name=name, **{"secret_names" if key == "secrets" else key: value for key, value in ours.items()}
+        )
+    except ValidationError as error:
+        raise together(faults(error, lambda *fault: _translated(document, *fault))) from None
+    paths = [(folder / written).resolve() for written in settings.compose]
+    missing = [written for written, file in zip(settings.compose, paths, strict=True) if not file.is_file()]
+    if missing:
+        raise _fault(document, "bulkhead:compose", f"{missing[0]} does not exist", f"Paths are relative to {folder}.")
+    return settings.model_copy(update={"compose": tuple(paths)})
+
+
+def _fault(document: YamlFile, key: str, problem: str, remedy: str) -> SettingsError:
+    return SettingsError(file=document.at(("config", key)), key=key, problem=problem, remedy=remedy)
+
+
+def _translated(document: YamlFile, loc: Loc, _kind: str, message: str, _value: Any) -> SettingsError:
+    problem, _, remedy = message.partition("; ")
+    field = "secrets" if loc[:1] == ("secret_names",) else loc[0] if loc else "variables"
+    written = (f"bulkhead:{field}", *loc[1:])
+    return SettingsError(
+        file=document.at(("config", *written)),
+        key=dotted(written),
+        problem=problem,
+        remedy=sentence(remedy),
+    )
+
+
+def read_project(settings: EnvironmentSettings) -> Project:
+    """The environment's compose project. SettingsError also for a secret or config that has no value anywhere."""
+    project = read(
+        settings.compose,
+        environment=settings.name,
+        profiles=settings.profiles,
+        variables=settings.variables,
+        secrets=settings.secret_names,
+    )
+    missing = [*_missing_secrets(project, settings), *_missing_variables(project, settings)]
+    if missing:
+        raise together(missing)
+    return project
+
+
+def _missing_secrets(project: Project, settings: EnvironmentSettings) -> Iterable[SettingsError]:
+    for key, secret in project.secrets.items():
+        name = secret.name or key
+        if secret.external and secret.x_bulkhead.generate is None and name not in settings.secret_names:
+            yield SettingsError(
+                file=f"Pulumi.{settings.name}.yaml",
+                key=f"bulkhead:secrets.{name}",
+                problem=f"missing: the compose files take secret {key!r} from here",
+                remedy=f"Set it with `pulumi config set --stack {settings.name} --secret --path "
+                f"'bulkhead:secrets.{name}'`, or let it be made once with x-bulkhead: {{generate: 32}}.",
+            )
+
+
+def _missing_variables(project: Project, settings: EnvironmentSettings) -> Iterable[SettingsError]:
+    known = {*settings.variables, *settings.secret_names, *os.environ}
+    for section, entries in (("secrets", project.secrets), ("configs", project.configs)):
+        for key, entry in entries.items():
+            if entry.environment and entry.environment not in known:
+                yield SettingsError(
+                    file=", ".join(path.name for path in settings.compose),
+                    key=f"{section}.{key}.environment",
+                    value=entry.environment,
+                    problem="the variable has no value",
+                    remedy="Set it under bulkhead:secrets or bulkhead:variables.",
+                )
+
+
+def host_address(port: Port, tier: Tier) -> str | None:
+    """The address of the host a port is bound to; `None`: all.
+
+    A best-effort environment that names none stays on loopback: published on all addresses, it would be open
+    to the world before anyone decided so.
+    """
+    return port.host_ip or (LOOPBACK if tier is Tier.BEST_EFFORT else None)
+
+
+def published_ports(projects: Sequence[Project], ledger: Ledger | LedgerSettings) -> Mapping[PublishedPort, str]:
+    """Who publishes what: (address, port, protocol) to `environment/service`.
+
+    SettingsError if two publish the same; a port on all addresses meets that port on any address.
+    """
+    taken: dict[PublishedPort, str] = {}
+    for project in projects:
+        tier = ledger.environment(project.environment).tier
+        for name, service in project.services.items():
+            for port in service.ports:
+                if port.published is None:
+                    continue
+                here = (host_address(port, tier) or ANY_ADDRESS, port.published, port.protocol)
+                owner = f"{project.environment}/{name}"
+                if other := next((taken[there] for there in taken if _meets(here, there)), None):
+                    raise SettingsError(
+                        file=", ".join(Path(file).name for file in project.files),
+                        service=name,
+                        key="ports",
+                        value=f"{here[0]}:{port.published}/{port.protocol}",
+                        problem=f"{owner} publishes the same port of the host as {other}",
+                        remedy="Publish another port, or write different addresses in front of the ports.",
+                    )
+                taken[here] = owner
+    return taken
+
+
+def _meets(one: PublishedPort, other: PublishedPort) -> bool:
+    every = {ANY_ADDRESS, "::"}
+    return one[1:] == other[1:] and (one[0] == other[0] or bool(every & {one[0], other[0]}))
+
+
+def check_ports(
+    ledger: Ledger | LedgerSettings, environment: str | None = None, folder: Path | None = None
+) -> Mapping[PublishedPort, str]:
+    """`published_ports` over every environment of the ledger that has settings in the checkout.
+
+    With `environment`, the others' errors are left to their own deploys: a broken compose file of dev must
+    not keep prod from being deployed.
+    """
+    folder = folder or root()
+    names = [name for name in ledger.environments if (folder / f"Pulumi.{name}.yaml").is_file()]
+    projects = []
+    for name in sorted(names, key=lambda name: (name == environment, name)):
+        try:
+            projects.append(read_project(read_environment(name, folder)))
+        except SettingsError:
+            if environment in {None, name}:
+                raise
+    return published_ports(projects, ledger)

@@ -1,0 +1,306 @@
+"""An environment's settings file: which compose files, profiles, variables and secrets; and ports across environments.
+One case per behaviour: a settings file in, the exact message or the settings out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from settings.compose import Port, Project, Service
+from settings.errors import SettingsError
+from settings.ledger import LedgerSettings, Tier
+from settings.project import (
+    check_ports,
+    host_address,
+    published_ports,
+    read_environment,
+    read_project,
+    root,
+)
+
+LEDGER = LedgerSettings.model_validate(
+    {
+        "environments": {
+            "prod": {"tier": "protected", "subnet": "10.81.0.0/16", "reservations": {"cpus": 1, "memory": "1GiB"}},
+            "dev": {"tier": "best-effort", "subnet": "10.82.0.0/16", "limits": {"memory": "1GiB"}},
+        }
+    }
+)
+WEB = "services:\n  web:\n    image: nginx\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "Pulumi.yaml").write_text("name: bulkhead\n", encoding="utf-8")
+    (tmp_path / "compose.yaml").write_text(WEB, encoding="utf-8")
+    return tmp_path
+
+
+def settings(checkout: Path, lines: str, name: str = "prod") -> None:
+    (checkout / f"Pulumi.{name}.yaml").write_text(f"config:\n{lines}", encoding="utf-8")
+
+
+VALID = """\
+  bulkhead:compose: [compose.yaml]
+  bulkhead:profiles: [web]
+  bulkhead:variables: {LOG_LEVEL: info, PORT: 8080, DEBUG: false}
+  bulkhead:secrets:
+    DB_PASSWORD: {secure: v1:abc}
+  docker:host: unix:///var/run/docker.sock
+"""
+
+
+def test_an_environments_settings_are_read(checkout: Path) -> None:
+    settings(checkout, VALID)
+    found = read_environment("prod", checkout)
+    assert found.name == "prod"
+    assert found.compose == (checkout / "compose.yaml",)
+    assert found.profiles == ("web",)
+    assert found.variables == {"LOG_LEVEL": "info", "PORT": "8080", "DEBUG": "false"}
+    assert found.secret_names == {"DB_PASSWORD"}
+
+
+def test_only_compose_files_are_needed(checkout: Path) -> None:
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
+    assert read_project(read_environment("prod", checkout)).order() == ["web"]
+
+
+REFUSED = {
+    "broken YAML": (
+        (": [compose.yaml]", ": [compose.yaml"),
+        "Pulumi.prod.yaml:3: not valid YAML: did not find expected ',' or ']'. "
+        "Correct the line (indentation, quotes and brackets are the usual causes).",
+    ),
+    "an unknown key": (
+        ("bulkhead:profiles", "bulkhead:profile"),
+        "Pulumi.prod.yaml:3: bulkhead:profile: unknown key. Did you mean 'bulkhead:profiles'?",
+    ),
+    "no compose files": (
+        ("  bulkhead:compose: [compose.yaml]\n", ""),
+        "Pulumi.prod.yaml:1: bulkhead:compose: missing. Name the environment's compose files: [compose.yaml].",
+    ),
+    "compose files that are not a list": (
+        ("[compose.yaml]", "compose.yaml"),
+        "Pulumi.prod.yaml:2: bulkhead:compose: not a list. Write it like [compose.yaml].",
+    ),
+    "a compose file that is not there": (
+        ("[compose.yaml]", "[compose.yaml, nope.yaml]"),
+        "Pulumi.prod.yaml:2: bulkhead:compose: nope.yaml does not exist. Paths are relative to {folder}.",
+    ),
+    "variables that are not a mapping": (
+        ("{LOG_LEVEL: info, PORT: 8080, DEBUG: false}", "[LOG_LEVEL=info]"),
+        "Pulumi.prod.yaml:4: bulkhead:variables: not a mapping. Write it like {LOG_LEVEL: info}.",
+    ),
+    "a variable name that is none": (
+        ("LOG_LEVEL", "LOG-LEVEL"),
+        "Pulumi.prod.yaml:4: bulkhead:variables: 'LOG-LEVEL' is not a variable name. "
+        "Use letters, digits and underscores.",
+    ),
+    "a secret among the variables": (
+        ("LOG_LEVEL: info", "LOG_LEVEL: {secure: v1:abc}"),
+        "Pulumi.prod.yaml:4: bulkhead:variables: LOG_LEVEL is not plain text. A secret belongs under bulkhead:secrets.",
+    ),
+    "a secret in plain text": (
+        ("{secure: v1:abc}", "hunter2"),
+        "Pulumi.prod.yaml:5: bulkhead:secrets: DB_PASSWORD is not encrypted. "
+        "Set it with `pulumi config set --secret --path 'bulkhead:secrets.DB_PASSWORD'`.",
+    ),
+    "secrets encrypted as a whole": (
+        ("    DB_PASSWORD: {secure: v1:abc}", "    secure: v1:abc"),
+        "Pulumi.prod.yaml:5: bulkhead:secrets: encrypted as a whole, so its names cannot be read. "
+        "Set each secret with `pulumi config set --secret --path 'bulkhead:secrets.NAME'`.",
+    ),
+    "a name that is variable and secret": (
+        ("LOG_LEVEL", "DB_PASSWORD"),
+        "Pulumi.prod.yaml:4: bulkhead:variables: DB_PASSWORD is a variable and a secret. "
+        "Keep it in bulkhead:secrets only.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(change: tuple[str, str], message: str, checkout: Path) -> None:
+    assert change[0] in VALID
+    settings(checkout, VALID.replace(*change))
+    with pytest.raises(SettingsError) as error:
+        read_environment("prod", checkout)
+    assert str(error.value) == message.replace("{folder}", str(checkout))
+
+
+def test_an_environment_without_a_file_says_what_to_create(checkout: Path) -> None:
+    with pytest.raises(SettingsError) as error:
+        read_environment("staging", checkout)
+    assert str(error.value) == (
+        "Pulumi.staging.yaml: bulkhead:compose: the file does not exist. "
+        "Create it with `config: {bulkhead:compose: [compose.yaml]}`, naming its compose files."
+    )
+
+
+def test_the_checkout_is_found_from_below_it(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / "a" / "b").mkdir(parents=True)
+    monkeypatch.delenv("BULKHEAD_PROJECT", raising=False)
+    monkeypatch.chdir(checkout / "a" / "b")
+    assert root() == checkout
+
+
+def test_the_checkout_can_be_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BULKHEAD_PROJECT", str(checkout))
+    assert root() == checkout
+    monkeypatch.setenv("BULKHEAD_PROJECT", str(checkout / "nowhere"))
+    with pytest.raises(SettingsError, match="this is not a Bulkhead project"):
+        root()
+
+
+# Secrets
+
+
+def test_an_external_secret_comes_from_the_settings(checkout: Path) -> None:
+    compose = WEB + "    secrets: [DB_PASSWORD]\nsecrets: {DB_PASSWORD: {external: true}}\n"
+    (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
+    settings(checkout, VALID)
+    assert read_project(read_environment("prod", checkout)).secrets["DB_PASSWORD"].external
+
+
+def test_an_external_secret_without_value_is_refused(checkout: Path) -> None:
+    compose = WEB + "    secrets: [token]\nsecrets: {token: {external: true}}\n"
+    (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
+    settings(checkout, VALID)
+    with pytest.raises(SettingsError) as error:
+        read_project(read_environment("prod", checkout))
+    assert str(error.value) == (
+        "Pulumi.prod.yaml: bulkhead:secrets.token: missing: the compose files take secret 'token' from here. "
+        "Set it with `pulumi config set --stack prod --secret --path 'bulkhead:secrets.token'`, "
+        "or let it be made once with x-bulkhead: {generate: 32}."
+    )
+
+
+def test_a_generated_secret_needs_no_value(checkout: Path) -> None:
+    compose = WEB + "    secrets: [token]\nsecrets: {token: {external: true, x-bulkhead: {generate: 32}}}\n"
+    (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
+    assert read_project(read_environment("prod", checkout)).secrets["token"].x_bulkhead.generate == 32
+
+
+def test_a_secret_from_a_variable_that_is_not_set_is_refused(checkout: Path) -> None:
+    compose = WEB + "    secrets: [token]\nsecrets: {token: {environment: NOT_SET_HERE}}\n"
+    (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
+    with pytest.raises(SettingsError) as error:
+        read_project(read_environment("prod", checkout))
+    assert str(error.value) == (
+        "compose.yaml: secrets.token.environment: 'NOT_SET_HERE': the variable has no value. "
+        "Set it under bulkhead:secrets or bulkhead:variables."
+    )
+
+
+def test_a_secret_variable_becomes_a_placeholder_in_the_environment(checkout: Path) -> None:
+    (checkout / "compose.yaml").write_text(WEB + "    environment: {P: '${DB_PASSWORD}'}\n", encoding="utf-8")
+    settings(checkout, VALID)
+    web = read_project(read_environment("prod", checkout)).services["web"]
+    assert web.environment == {"P": "bulkhead-secret:DB_PASSWORD:"}
+
+
+# Ports of the host
+
+
+def project(environment: str, services: Mapping[str, Port]) -> Project:
+    return Project(
+        environment=environment,
+        files=("compose.yaml",),
+        services={name: Service(image="x", ports=(port,)) for name, port in services.items()},
+    )
+
+
+def port(published: int | None, host_ip: str | None = None, protocol: str = "tcp") -> Port:
+    return Port.model_validate({"target": 80, "published": published, "host_ip": host_ip, "protocol": protocol})
+
+
+ADDRESSES = {
+    "protected, none written": (None, Tier.PROTECTED, None),
+    "protected, one written": ("10.0.0.5", Tier.PROTECTED, "10.0.0.5"),
+    "best-effort, none written": (None, Tier.BEST_EFFORT, "127.0.0.1"),
+    "best-effort, one written": ("0.0.0.0", Tier.BEST_EFFORT, "0.0.0.0"),
+}
+
+
+@pytest.mark.parametrize(("written", "tier", "address"), ADDRESSES.values(), ids=ADDRESSES)
+def test_the_address_a_port_is_bound_to(written: str | None, tier: Tier, address: str | None) -> None:
+    assert host_address(port(80, written), tier) == address
+
+
+def test_published_ports_are_listed_with_their_owner() -> None:
+    projects = [
+        project("prod", {"web": port(80), "db": port(None)}),
+        project("dev", {"web": port(8080), "dns": port(53, "127.0.0.1", "udp")}),
+    ]
+    assert published_ports(projects, LEDGER) == {
+        ("0.0.0.0", 80, "tcp"): "prod/web",
+        ("127.0.0.1", 8080, "tcp"): "dev/web",
+        ("127.0.0.1", 53, "udp"): "dev/dns",
+    }
+
+
+TWICE = {
+    "the same port on all addresses": (port(80), port(80, "0.0.0.0"), "0.0.0.0:80/tcp"),
+    "one address among all": (port(80), port(80, "127.0.0.1"), "127.0.0.1:80/tcp"),
+    "best-effort on loopback among all": (port(80), port(80), "127.0.0.1:80/tcp"),
+    "the same address": (port(80, "10.0.0.5"), port(80, "10.0.0.5"), "10.0.0.5:80/tcp"),
+}
+
+
+@pytest.mark.parametrize(("prods", "devs", "value"), TWICE.values(), ids=TWICE)
+def test_a_port_published_twice_is_refused(prods: Port, devs: Port, value: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        published_ports([project("prod", {"web": prods}), project("dev", {"site": devs})], LEDGER)
+    assert str(error.value) == (
+        f"compose.yaml: service site: ports: '{value}': dev/site publishes the same port of the host as prod/web. "
+        "Publish another port, or write different addresses in front of the ports."
+    )
+
+
+APART = {
+    "other ports": (port(80), port(81)),
+    "other protocols": (port(53), port(53, None, "udp")),
+    "other addresses": (port(80, "10.0.0.5"), port(80, "10.0.0.6")),
+    "loopback beside one address": (port(80, "10.0.0.5"), port(80)),
+    "a port that the engine picks": (port(80), port(None)),
+}
+
+
+@pytest.mark.parametrize(("prods", "devs"), APART.values(), ids=APART)
+def test_ports_that_do_not_meet_are_fine(prods: Port, devs: Port) -> None:
+    published_ports([project("prod", {"web": prods}), project("dev", {"web": devs})], LEDGER)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([None, "10.0.0.5", "10.0.0.6"])), max_size=4))
+def test_whether_ports_meet_does_not_depend_on_the_order(drawn: list[tuple[int, str | None]]) -> None:
+    def refused(entries: list[tuple[int, str | None]]) -> bool:
+        services = {f"s{index}": port(number, address) for index, (number, address) in enumerate(entries)}
+        try:
+            published_ports([project("prod", services)], LEDGER)
+        except SettingsError:
+            return True
+        return False
+
+    assert refused(drawn) == refused(drawn[::-1])
+
+
+def test_ports_are_checked_across_the_environments_of_the_checkout(checkout: Path) -> None:
+    (checkout / "compose.yaml").write_text(WEB + "    ports: ['8080:80']\n", encoding="utf-8")
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
+    assert check_ports(LEDGER, folder=checkout) == {("0.0.0.0", 8080, "tcp"): "prod/web"}
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "dev")
+    for asking, refused in (("prod", "prod/web publishes"), ("dev", "dev/web publishes"), (None, "prod/web publishes")):
+        with pytest.raises(SettingsError, match=refused):
+            check_ports(LEDGER, asking, checkout)
+
+
+def test_a_broken_environment_does_not_keep_another_from_its_deploy(checkout: Path) -> None:
+    settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
+    settings(checkout, "  bulkhead:compose: [gone.yaml]\n", "dev")
+    assert check_ports(LEDGER, "prod", checkout) == {}
+    for asking in ("dev", None):
+        with pytest.raises(SettingsError, match=r"gone\.yaml does not exist"):
+            check_ports(LEDGER, asking, checkout)
