@@ -1,0 +1,87 @@
+# Bulkhead's commands. Each is thin: set-up is engine/setup.py, everything else is `python -m cli` in .venv.
+# `make help` lists them. Variables: ENV="prod dev" (all if empty), POLICY_PACK (default: policies), ARGS.
+
+SHELL := /bin/sh
+SETUP := engine/bootstrap.sh
+PYTHON := .venv/bin/python
+CLI := $(PYTHON) -m cli
+ENV ?=
+ARGS ?=
+GO_MODULES := $(patsubst %/go.mod,%,$(wildcard engine/*/go.mod))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup up preview drift down plan doctor pulumi test test-engine lint format bench diagram \
+	engine-start engine-stop clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing: Python environment, Pulumi, Docker engine, base image
+	@$(SETUP) up
+
+up: setup ## Deploy host and environments, as far as they differ: make up ENV=dev
+	@$(CLI) up $(ENV)
+
+preview: ## Show what would change, through the policies (needs no Docker engine)
+	@$(SETUP) preview
+	@$(CLI) preview $(ENV)
+
+drift: ## Compare the state with the engine; fails on any difference
+	@$(SETUP) preview
+	@$(CLI) preview --drift $(ENV)
+
+down: ## Destroy; asks for a protected environment's name (or BULKHEAD_CONFIRM=prod), keeps its volumes
+	@$(SETUP) preview
+	@$(CLI) down $(ENV)
+
+plan: ## The ledger as a table: capacity, promised, free
+	@$(SETUP) plan
+	@$(CLI) plan
+
+doctor: ## What is there and what is not, line by line; installs nothing
+	@if test -x $(PYTHON) && $(PYTHON) -c 'import typer, rich, docker, pydantic, yaml' 2>/dev/null; \
+	then $(CLI) doctor $(ARGS); else $(SETUP) check; fi
+
+pulumi: ## Pulumi itself in this project: make pulumi ARGS='stack output --stack prod'
+	@$(SETUP) preview
+	@$(CLI) pulumi $(ARGS)
+
+diagram: ## A picture of the deployed environments, networks and budgets
+	@$(SETUP) preview
+	@$(CLI) diagram $(ARGS)
+
+test: lint test-engine ## All tests: unit, policies and end to end on the real engine
+	@$(SETUP) test
+	@$(PYTHON) -m pytest tests $(ARGS)
+
+test-engine: ## Vet and test the Go parts of the engine
+	@$(SETUP) test
+	@if ! command -v go >/dev/null; then echo "no Go here (Pulumi was not built): nothing to test"; exit 0; fi; \
+	for module in $(GO_MODULES); do \
+		if ls $$module/*_test.go >/dev/null 2>&1; then (cd $$module && go vet . && go test .) || exit 1; fi; \
+	done
+
+lint: ## Style, types and the direction of imports
+	@$(SETUP) lint
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy .
+	@.venv/bin/lint-imports
+
+format: ## Rewrite the code in the house style
+	@$(SETUP) lint
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+bench: setup ## Deploys as ratios to plain Pulumi and Compose, previews at 10, 100, 400 containers
+	@$(PYTHON) -m tests.bench $(ARGS)
+
+engine-start: ## Start a Docker engine if none answers
+	@$(SETUP) engine-start
+
+engine-stop: ## Stop the Docker engine that set-up started by hand, and no other
+	@$(SETUP) engine-stop
+
+clean: ## Remove what set-up made in the checkout (not the state, not what is deployed)
+	rm -rf .venv .bulkhead *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

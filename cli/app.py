@@ -1,0 +1,84 @@
+"""The commands and their options; each calls one function elsewhere and returns its exit code.
+`make help` lists the targets that call them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cli import deploy, doctor, order, plan
+from cli.pulumi import Pulumi
+
+ROOT = Path(__file__).resolve().parent.parent
+
+app = typer.Typer(
+    help="Production and development on one Docker host, watertight.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Environments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ENV]...", help="Environments, or host. All of the ledger if none is named."),
+]
+
+
+@app.command()
+def up(environments: Environments = None) -> None:
+    """Deploy what differs: host first, then protected environments, then the others."""
+    stacks = order.read(ROOT, environments or ())
+    pulumi = Pulumi.of(ROOT)
+    raise typer.Exit(deploy.up(pulumi, stacks, deploy.policy_pack(ROOT, os.environ), console))
+
+
+@app.command()
+def preview(
+    environments: Environments = None,
+    drift: Annotated[bool, typer.Option(help="Compare with the engine too; fail on any difference.")] = False,
+) -> None:
+    """Show what would change, through the policies. Fails if a stack's preview does."""
+    stacks = order.read(ROOT, environments or ())
+    pulumi = Pulumi.of(ROOT)
+    pack = deploy.policy_pack(ROOT, os.environ)
+    raise typer.Exit(deploy.preview(pulumi, stacks, pack, console, drift=drift))
+
+
+@app.command()
+def down(environments: Environments = None) -> None:
+    """Destroy, in reverse order. Protected volumes stay; a protected environment's name must be typed."""
+    stacks = order.read(ROOT, environments or ())
+    ask = typer.prompt if sys.stdin.isatty() else None
+    raise typer.Exit(deploy.down(Pulumi.of(ROOT), stacks, os.environ, ask, console))
+
+
+@app.command(name="plan")
+def show_plan() -> None:
+    """The ledger in absolute amounts: capacity, promised, free."""
+    console.print(plan.table(plan.ledger(ROOT)))
+
+
+@app.command(name="doctor")
+def show_doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The same lines for a program.")] = False,
+) -> None:
+    """What a deploy needs and what is there, line by line. Fails only if something required is missing."""
+    lines = doctor.examine(ROOT)
+    if as_json:
+        print(json.dumps([line._asdict() for line in lines], indent=2))
+    else:
+        console.print(doctor.table(lines))
+    raise typer.Exit(doctor.exit_code(lines))
+
+
+@app.command(
+    name="pulumi", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def passthrough(context: typer.Context) -> None:
+    """Pulumi itself, with this checkout's tools, backend and passphrase: `pulumi config set …`."""
+    raise typer.Exit(Pulumi.of(ROOT).run(*context.args))

@@ -1,0 +1,176 @@
+"""`up`, `preview` and `down` over several stacks: what is done in which order, and what stops it.
+Each is one readable function; Pulumi does the work."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cli import previews
+from cli.order import HOST, Stacks
+from cli.previews import Outcome, Preview
+from cli.pulumi import Pulumi, PulumiError
+from settings.ledger import Tier
+
+CONTAINER = "docker:index/container:Container"
+VOLUME = "docker:index/volume:Volume"
+STRICT = "--expect-no-changes"  # Pulumi's own word on whether a deploy can be left out
+RETRY_UP = "See the error above; correct it, then make up again"
+
+
+def policy_pack(root: Path, variables: Mapping[str, str]) -> str:
+    """The pack that every preview and deploy goes through: POLICY_PACK, else the checkout's own."""
+    return variables.get("POLICY_PACK") or str(root / "policies")
+
+
+def up(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console) -> int:
+    """Deploy what differs: host first, protected environments next. Stops at the first stack that fails.
+
+    Stacks without changes are found by previews, some at a time, since a deploy of each would take longer. A preview
+    that fails (a policy's violation, a mistake in the settings) stops everything before anything is applied.
+    """
+    _say_without_file(stacks, console)
+    names = (HOST, *stacks.environments)  # an environment needs the host's slices, so host is always looked at
+    known = pulumi.stacks()
+    deployed = {name for name, resources in known.items() if resources}
+    # Without host's outputs a preview of an environment can only fail.
+    first = [name for name in names if name in deployed] if HOST in deployed else []
+    found = previews.run(pulumi, first, pack, console, [STRICT])
+    if HOST not in found or found[HOST].outcome is not Outcome.UNCHANGED:
+        if not _apply(HOST, found, known, pulumi, pack, console):
+            return _stopped(f"host: no environment was changed. {RETRY_UP}", console)
+        # What the environments' previews read from the host stack may be different now.
+        again = [name for name in stacks.environments if name in deployed]
+        found |= previews.run(pulumi, again, pack, console, [STRICT])
+    else:
+        console.print(f"{HOST}: no changes")
+    failed = [preview for preview in found.values() if preview.outcome is Outcome.FAILED]
+    for preview in failed:
+        previews.show(preview, console)
+    if failed:
+        at = " and ".join(preview.stack for preview in failed)
+        return _stopped(f"{at}: no environment was changed. {RETRY_UP}", console)
+    for name in stacks.environments:
+        if not _apply(name, found, known, pulumi, pack, console):
+            rest = stacks.environments[stacks.environments.index(name) + 1 :]
+            untouched = f"not touched: {', '.join(rest)}. " if rest else ""
+            return _stopped(f"{name}: {untouched}{RETRY_UP}", console)
+    return 0
+
+
+def _apply(
+    name: str, found: Mapping[str, Preview], known: Collection[str], pulumi: Pulumi, pack: str, console: Console
+) -> bool:
+    preview = found.get(name)
+    if preview and preview.outcome is Outcome.UNCHANGED:
+        console.print(f"{name}: no changes")
+        return True
+    if preview and preview.outcome is Outcome.FAILED:
+        previews.show(preview, console)
+        return False
+    console.rule(f"{name}: {preview.changes if preview else 'first deploy'}", align="left")
+    if name not in known:
+        pulumi.create(name)
+    # Its own preview is the gate: policies see every resource of the stack before one of them is created.
+    return pulumi.run("up", "--yes", "--stack", name, "--policy-pack", pack) == 0
+
+
+def _stopped(text: str, console: Console) -> int:
+    console.print(f"Stopped at {text}", style="red", markup=False, highlight=False)
+    return 1
+
+
+def _say_without_file(stacks: Stacks, console: Console) -> None:
+    for name in stacks.without_file:
+        console.print(f"{name}: in the ledger, but Pulumi.{name}.yaml is missing: left out", style="yellow")
+
+
+def preview(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console, *, drift: bool = False) -> int:
+    """Show what `up` would do to every stack; 1 if any preview fails or violates a policy.
+
+    `drift`: compare with the engine too, and fail on any difference.
+    """
+    _say_without_file(stacks, console)
+    resources = pulumi.stacks()
+    possible = [name for name in stacks.names if name == HOST or resources.get(HOST)]
+    for name in possible:
+        if name not in resources:
+            pulumi.create(name)
+    found = previews.run(pulumi, possible, pack, console, [STRICT, "--refresh"] if drift else [])
+    for name in stacks.names:
+        if name not in possible:
+            waiting = "The host stack is not deployed, and its outputs are needed. Next step: make up"
+            found[name] = Preview(name, Outcome.FAILED, "", 0, waiting)
+        if found[name].outcome is not Outcome.UNCHANGED:
+            previews.show(found[name], console)
+    console.print(previews.table(found[name] for name in stacks.names))
+    bad = {Outcome.FAILED, Outcome.CHANGED} if drift else {Outcome.FAILED}
+    return int(any(one.outcome in bad for one in found.values()))
+
+
+def down(
+    pulumi: Pulumi,
+    stacks: Stacks,
+    variables: Mapping[str, str],
+    ask: Callable[[str], str] | None,
+    console: Console,
+) -> int:
+    """Destroy in reverse order, host last; protected resources (volumes) stay, and are named.
+
+    PulumiError, before anything is destroyed, if a protected environment is not confirmed, or if host is to go
+    while an environment still has containers.
+    """
+    resources = pulumi.stacks()
+    going = [name for name in reversed(stacks.names) if resources.get(name)]
+    for name in going:
+        if stacks.tiers.get(name) is Tier.PROTECTED and not confirmed(name, variables, ask):
+            raise PulumiError(
+                f"{name} is protected, and destroying it was not confirmed: nothing was destroyed. "
+                f"Next step: type its name when asked, or set BULKHEAD_CONFIRM={name}"
+            )
+    if HOST in going:
+        _nothing_else_runs(pulumi, resources, going)
+    for name in going:
+        console.rule(f"{name}: destroy", align="left")
+        if pulumi.run("destroy", "--yes", "--exclude-protected", "--stack", name):
+            return _stopped(f"{name}: see the error above; correct it, then make down again", console)
+    for name in going:
+        console.print(remains(name, pulumi.resources(name)), markup=False, highlight=False)
+    if not going:
+        console.print("Nothing is deployed.")
+    return 0
+
+
+def confirmed(environment: str, variables: Mapping[str, str], ask: Callable[[str], str] | None) -> bool:
+    """Whether the user named the environment: in BULKHEAD_CONFIRM (one or several names), else when asked."""
+    if environment in variables.get("BULKHEAD_CONFIRM", "").replace(",", " ").split():
+        return True
+    return ask is not None and ask(f"{environment} is protected. Type its name to destroy it") == environment
+
+
+def _nothing_else_runs(pulumi: Pulumi, resources: Mapping[str, int], going: Sequence[str]) -> None:
+    others = [name for name, count in resources.items() if count and name not in going]
+    for name in others:
+        running = sum(resource["type"] == CONTAINER for resource in pulumi.resources(name))
+        if running:
+            raise PulumiError(
+                f"{name} has {running} containers, which need the host stack's slices: nothing was destroyed. "
+                f"Next step: make down ENV={name}, then make down ENV=host"
+            )
+
+
+def remains(stack: str, resources: Sequence[Mapping[str, Any]]) -> str:
+    """What a destroyed stack still has, and how to delete it for good."""
+    kept = [resource for resource in resources if resource.get("protect") and resource.get("custom")]
+    if not kept:
+        return f"{stack}: nothing remains"
+    volumes = [str(resource["id"]) for resource in kept if resource["type"] == VOLUME]
+    others = [resource["urn"].split("::")[-1] for resource in kept if resource["type"] != VOLUME]
+    parts = [f"volume {name}" for name in volumes] + others
+    steps = [
+        f"  make pulumi ARGS='state unprotect --all --yes --stack {stack}'",
+        f"  BULKHEAD_CONFIRM={stack} make down ENV={stack}",
+        *([f"  docker volume rm {' '.join(volumes)}"] if volumes else []),
+    ]
+    return "\n".join([f"{stack}: kept, since protected: {', '.join(parts)}. To delete for good:", *steps])

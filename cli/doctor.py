@@ -1,0 +1,345 @@
+"""`doctor`: line by line, what a deploy needs and what is there, with the remedy for what is not.
+Each check is a function from what was read to lines; only `examine` touches the machine."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from cli.pulumi import STATE_SPACE, Pulumi, PulumiError, backend_folder, environment, existing, state_folder
+from settings import host
+from settings.compose_cli import find_compose
+from settings.errors import SettingsError
+from settings.host import HostFacts
+from settings.ledger import LedgerSettings, shown
+
+OLDEST_PULUMI = (3, 200)
+LOW_DISK = 0.10  # of the data root's file system: below it, an image build fills the disk of both environments
+
+
+class Status(StrEnum):
+    """`missing` is required and stops a deploy; `warn` weakens what Bulkhead promises."""
+
+    OK = "ok"
+    WARN = "warn"
+    MISSING = "missing"
+
+
+class Line(NamedTuple):
+    """One check: its name, how it stands, what was found, what to do about it."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+Version = tuple[int, ...]
+
+
+class KnownBad(NamedTuple):
+    """Engine versions `first` ≤ v < `fixed` that lose isolation, when, and what that means."""
+
+    identifier: str
+    ranges: tuple[tuple[Version, Version], ...]
+    consequence: str
+
+
+KNOWN_BAD = (
+    # GitHub advisory GHSA-4vq8-7jfc-9cvp: affected <= 25.0.12 and >= 26.0.0-rc1, < 28.0.0.
+    KnownBad(
+        "CVE-2025-54410",
+        (((0,), (25, 0, 13)), ((26, 0, 0), (28, 0, 0))),
+        "a reload of firewalld removes the isolation between networks, except that of internal ones",
+    ),
+    # GitHub advisory GHSA-x4rx-4gw3-53p4: affected >= 28.2.0, < 28.3.3.
+    KnownBad(
+        "CVE-2025-54388",
+        (((28, 2, 0), (28, 3, 3)),),
+        "a reload of firewalld opens ports published on 127.0.0.1 to other machines",
+    ),
+)
+
+# Controllers by what they carry; v1 calls the last one blkio.
+REQUIRED_CONTROLLERS = {"cpu": "CPU weights", "memory": "memory ceilings", "pids": "process ceilings"}
+
+
+def version_of(text: str) -> Version:
+    """Numbers of a version such as `20.10.24+dfsg1` or `v3.259.0`; empty if it has none."""
+    found = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return tuple(int(part or 0) for part in found.groups()) if found else ()
+
+
+def engine_version(version: str, firewalld: bool | None) -> Iterator[Line]:
+    """The engine's version against KNOWN_BAD. `firewalld`: it runs on that machine (None: cannot be seen)."""
+    numbers = version_of(version)
+    bad = [known for known in KNOWN_BAD if any(first <= numbers < fixed for first, fixed in known.ranges)]
+    if not bad:
+        yield Line("Docker version", Status.OK, version)
+    for known in bad:
+        found = f"{version} has {known.identifier}: {known.consequence}"
+        update = "Update Docker to 28.3.3 or newer (or 25.0.13)."
+        if firewalld is False:
+            yield Line("Docker version", Status.OK, f"{found}. firewalld does not run here, so it does not apply.")
+        elif firewalld is None:
+            yield Line("Docker version", Status.WARN, found, f"{update} It matters only where firewalld runs.")
+        else:
+            yield Line(
+                "Docker version",
+                Status.WARN,
+                f"{found}. firewalld runs here.",
+                f"{update} Until then restart Docker after each reload of firewalld.",
+            )
+
+
+def cgroups(facts: HostFacts, controllers: frozenset[str] | None) -> Iterator[Line]:
+    """cgroup version, driver and controllers. `controllers` None: the engine's machine cannot be read from here."""
+    protection = {1: "v1: no memory protection there, so prod is protected by dev's ceilings alone", 2: "v2"}
+    found = protection.get(facts.cgroup_version, f"v{facts.cgroup_version}")
+    yield Line("cgroup version", Status.OK if facts.cgroup_version in protection else Status.WARN, found)
+    known = facts.cgroup_driver in {"cgroupfs", "systemd"}
+    yield Line(
+        "cgroup driver",
+        Status.OK if known else Status.MISSING,
+        facts.cgroup_driver,
+        "" if known else "Run the engine with the cgroupfs or the systemd driver (a rootless one may have none).",
+    )
+    if controllers is None:
+        yield Line("cgroup controllers", Status.WARN, "not read: the engine is on another machine")
+        return
+    io = "blkio" if facts.cgroup_version == 1 else "io"
+    for name, purpose in {**REQUIRED_CONTROLLERS, io: "IO weights"}.items():
+        there = name in controllers
+        absent = Status.MISSING if name in REQUIRED_CONTROLLERS else Status.WARN
+        yield Line(
+            f"cgroup {name}",
+            Status.OK if there else absent,
+            purpose if there else f"missing, so no {purpose}",
+            "" if there else f"Enable it: kernel parameter cgroup_enable={name}, or a kernel that has it.",
+        )
+
+
+def controllers(tree: Path = Path("/sys/fs/cgroup")) -> frozenset[str]:
+    """Controllers of the mounted hierarchy: v2 lists them in a file, v1 has a folder for each."""
+    listed = tree / "cgroup.controllers"
+    if listed.exists():
+        return frozenset(listed.read_text().split())
+    return frozenset(name for folder in tree.glob("*/cgroup.procs") for name in folder.parent.name.split(","))
+
+
+def io_weights(disk: str, scheduler: str | None, iocost: bool) -> Line:
+    """Whether IO weights do anything on the data root's disk. `scheduler` None: none found."""
+    remedy = f"echo bfq > /sys/block/{disk}/queue/scheduler (keep it with a udev rule), or turn iocost on (cgroup v2)."
+    if iocost:
+        return Line("IO scheduler", Status.OK, f"{scheduler or 'unknown'}, with iocost")
+    if scheduler == "bfq":
+        return Line("IO scheduler", Status.OK, scheduler)
+    if scheduler is None:
+        return Line("IO scheduler", Status.WARN, "not found, so IO weights may have no effect", remedy)
+    return Line("IO scheduler", Status.WARN, f"{scheduler}: IO weights have no effect", remedy)
+
+
+def disks(folder: Path, sys: Path = Path("/sys")) -> list[Path]:
+    """The whole disks under a folder's file system, as /sys folders; none for one without a device (overlay, zfs)."""
+    number = folder.stat().st_dev
+    device = sys / "dev" / "block" / f"{os.major(number)}:{os.minor(number)}"
+    return list(_whole(device.resolve())) if device.exists() else []
+
+
+def _whole(device: Path) -> Iterator[Path]:
+    slaves = list((device / "slaves").glob("*"))
+    for slave in slaves:  # LVM, dm-crypt and RAID stand on other devices
+        yield from _whole(slave.resolve())
+    if not slaves:
+        yield device.parent if (device / "partition").exists() else device
+
+
+def scheduler(disk: Path) -> str | None:
+    """The active scheduler of a disk: the one in brackets."""
+    try:
+        active = re.search(r"\[(.+?)\]", (disk / "queue" / "scheduler").read_text())
+    except OSError:
+        return None
+    return active[1] if active else None
+
+
+def iocost(disk: Path, tree: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Whether cgroup v2's iocost model is on for the disk (io.cost.qos has a line `8:0 enable=1 …`)."""
+    try:
+        number = (disk / "dev").read_text().strip()
+        return any(line.startswith(f"{number} enable=1") for line in (tree / "io.cost.qos").read_text().splitlines())
+    except OSError:
+        return False
+
+
+def swap(meminfo: str) -> Line:
+    """Swap of the engine's machine, from /proc/meminfo."""
+    found = re.search(r"^SwapTotal:\s+(\d+) kB", meminfo, re.MULTILINE)
+    size = int(found[1]) * 1024 if found else 0
+    if not size:
+        return Line("swap", Status.OK, "none: a container over its memory limit is killed at once")
+    return Line(
+        "swap",
+        Status.WARN,
+        f"{shown('memory', size)}: under pressure prod's memory may be swapped out as well",
+        "Turn it off for a predictable prod: swapoff -a, and remove it from /etc/fstab.",
+    )
+
+
+def free_disk(facts: HostFacts) -> Line:
+    found = f"{shown('disk', facts.disk_free)} of {shown('disk', facts.disk)} free for {facts.data_root}"
+    if facts.disk_free >= LOW_DISK * facts.disk:
+        return Line("free disk", Status.OK, found)
+    return Line("free disk", Status.WARN, found, "Free some: docker system df, docker system prune.")
+
+
+def state(variables: Mapping[str, str], own: Path) -> Iterator[Line]:
+    """Where the state is, whether it has room, and who may read the passphrase."""
+    backend = variables.get("PULUMI_BACKEND_URL")
+    if backend is None:
+        yield Line("state", Status.OK, "the backend of your login or of Pulumi.yaml")
+    elif folder := backend_folder(backend):
+        there = existing(folder)
+        room = shutil.disk_usage(there).free >= STATE_SPACE and os.access(there, os.W_OK)
+        remedy = "Free some space, or set XDG_STATE_HOME to another disk."
+        yield Line("state", Status.OK if room else Status.MISSING, backend, "" if room else remedy)
+    else:
+        yield Line("state", Status.OK, backend)
+    file = variables.get("PULUMI_CONFIG_PASSPHRASE_FILE")
+    if not file:
+        chosen = "PULUMI_CONFIG_PASSPHRASE" if "PULUMI_CONFIG_PASSPHRASE" in variables else "the backend's own secrets"
+        yield Line("passphrase", Status.OK, chosen)
+    elif not Path(file).exists():
+        made = Path(file) == own / "passphrase"
+        found = f"{file}: {'made by the first deploy' if made else 'not there'}"
+        remedy = "" if made else "Set PULUMI_CONFIG_PASSPHRASE_FILE to the file that holds it."
+        yield Line("passphrase", Status.OK if made else Status.MISSING, found, remedy)
+    else:
+        mode = stat.S_IMODE(Path(file).stat().st_mode)
+        private = not mode & 0o077
+        yield Line(
+            "passphrase",
+            Status.OK if private else Status.WARN,
+            f"{file}, mode {mode:04o}",
+            "" if private else f"Others can read it: chmod 600 {file}",
+        )
+
+
+def capacity(written: LedgerSettings, facts: HostFacts) -> Iterator[Line]:
+    """The ledger's promises against the machine, and a declared capacity against the real one."""
+    try:
+        ledger = written.resolve(facts.capacity())
+    except SettingsError as error:
+        yield Line("ledger", Status.MISSING, str(error), "Correct the ledger; make plan shows it.")
+        return
+    for row in ledger.rows():
+        there = facts.capacity()[row.resource]
+        found = f"{shown(row.resource, row.capacity)}, {shown(row.resource, row.free)} not promised"
+        if row.capacity > there:
+            found = (
+                f"the ledger declares {shown(row.resource, row.capacity)}, the machine has {shown(row.resource, there)}"
+            )
+            yield Line(f"ledger: {row.resource}", Status.WARN, found, "Declare what is there in bulkhead:capacity.")
+        else:
+            yield Line(f"ledger: {row.resource}", Status.OK, found)
+
+
+def tools(root: Path, variables: Mapping[str, str]) -> Iterator[Line]:
+    """Pulumi, its language host and plugins, Compose and the Python environment. Runs two of them for their version."""
+    set_up = "Run make setup."
+    pulumi = _pulumi_version(root, variables)
+    recent = version_of(pulumi) >= OLDEST_PULUMI
+    yield Line(
+        "pulumi",
+        Status.OK if recent else Status.MISSING,
+        pulumi or "not installed",
+        "" if recent else set_up,
+    )
+    language = shutil.which("pulumi-language-python", path=variables["PATH"])
+    yield Line("Python language host", *_there(language, set_up))
+    plugins = Path(variables["PULUMI_HOME"]) / "plugins"
+    for name in ("docker", "command"):
+        plugin = plugins / f"resource-{name}-v{metadata.version(f'pulumi_{name}')}"
+        yield Line(f"plugin {name}", *_there(str(plugin) if plugin.is_dir() else None, f"{plugin.name}: {set_up}"))
+    try:
+        compose = find_compose()
+        asked = subprocess.run([*compose, "version", "--short"], capture_output=True, text=True, check=False)
+        yield Line("Compose", Status.OK, f"{asked.stdout.strip()} ({' '.join(compose)})")
+    except (SettingsError, OSError) as error:
+        yield Line("Compose", Status.MISSING, str(error), set_up)
+    python = root / ".venv" / "bin" / "python"
+    yield Line("Python environment", *_there(str(python) if python.exists() else None, set_up))
+
+
+def _there(found: str | None, remedy: str) -> tuple[Status, str, str]:
+    return (Status.OK, found, "") if found else (Status.MISSING, "not installed", remedy)
+
+
+def _pulumi_version(root: Path, variables: Mapping[str, str]) -> str:
+    try:
+        asked = Pulumi(root, variables).capture("version")
+    except PulumiError:
+        return ""
+    return asked.plain.strip() if asked.code == 0 else ""
+
+
+def examine(root: Path) -> list[Line]:
+    """Every check, on this machine and the engine it names."""
+    variables = environment(os.environ, root, Path.home())
+    lines = [*tools(root, variables), *state(variables, state_folder(os.environ, Path.home()))]
+    try:
+        ledger: LedgerSettings | None = LedgerSettings.read(root / "Pulumi.host.yaml")
+    except SettingsError as error:
+        ledger = None
+        lines.append(Line("ledger", Status.MISSING, str(error), "Correct it, then run make doctor again."))
+    try:
+        facts = host.facts(ledger.host if ledger else None)
+    except SettingsError as error:
+        return [*lines, Line("Docker engine", Status.MISSING, str(error), error.remedy)]
+    lines.append(Line("Docker engine", Status.OK, f"{facts.address} ({facts.system}, kernel {facts.kernel})"))
+    lines += engine_version(facts.server_version, _runs("firewalld") if facts.local else None)
+    lines += cgroups(facts, controllers() if facts.local else None)
+    if facts.local:
+        under = disks(Path(facts.data_root)) if os.access(facts.data_root, os.X_OK) else []
+        active = [(disk.name, scheduler(disk), iocost(disk)) for disk in under]
+        lines += [io_weights(*disk) for disk in active or [("<disk>", None, False)]]
+        lines.append(swap(Path("/proc/meminfo").read_text()))
+    lines.append(free_disk(facts))
+    return [*lines, *(capacity(ledger, facts) if ledger else [])]
+
+
+def _runs(program: str) -> bool:
+    """Whether a process of that name runs here. (firewalld is a script; its command name is its own all the same.)"""
+    names = (_text(file) for file in Path("/proc").glob("[0-9]*/comm"))
+    return any(name.strip() == program for name in names)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""  # the process has ended
+
+
+def table(lines: Iterable[Line]) -> Table:
+    """The lines for a terminal, remedies under what was found."""
+    colours = {Status.OK: "green", Status.WARN: "yellow", Status.MISSING: "red"}
+    checks = Table.grid(padding=(0, 2))
+    for name, status, found, remedy in lines:
+        text = f"{found}\n→ {remedy}" if remedy and status is not Status.OK else found
+        checks.add_row(Text(status, style=colours[status]), name, Text(text))
+    return checks
+
+
+def exit_code(lines: Sequence[Line]) -> int:
+    """1 only if something required is missing."""
+    return int(any(line.status is Status.MISSING for line in lines))

@@ -1,0 +1,528 @@
+"""The commands: which variables Pulumi gets, the order of stacks, what stops a deploy, what a destroy asks.
+Pulumi is played by a recorder that answers as its CLI does."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cli import deploy, order, plan, previews, pulumi
+from cli.order import Stacks
+from cli.previews import Outcome
+from cli.pulumi import Pulumi, PulumiError, Result
+from settings import host
+from settings.errors import SettingsError
+from settings.ledger import LedgerSettings, Tier
+
+GIB = 2**30
+
+# The variables for the CLI.
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "Pulumi.yaml").write_text("name: bulkhead\n")
+    return folder
+
+
+def login(folder: Path, current: str | None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "credentials.json").write_text(json.dumps({"current": current}))
+
+
+def variables(root: Path, **base: str) -> dict[str, str]:
+    return pulumi.environment(base, root, root.parent / "home")
+
+
+def test_without_any_choice_state_and_passphrase_are_in_the_state_folder(root: Path) -> None:
+    wanted = variables(root, PATH="/bin")
+    state = root.parent / "home" / ".local" / "state" / "bulkhead"
+    assert wanted["PULUMI_BACKEND_URL"] == f"file://{state}/pulumi"
+    assert wanted["PULUMI_CONFIG_PASSPHRASE_FILE"] == f"{state}/passphrase"
+    assert wanted["PULUMI_HOME"] == f"{root}/.bulkhead/pulumi"
+    assert wanted["PATH"] == f"{root}/.bulkhead/pulumi/bin:{root}/.venv/bin:/bin"
+    assert wanted["PULUMI_SKIP_UPDATE_CHECK"] == "true"
+    assert wanted["BULKHEAD_LEDGER"] == f"{root}/Pulumi.host.yaml"
+
+
+def test_the_state_folder_follows_xdg(root: Path) -> None:
+    assert variables(root, XDG_STATE_HOME="/s")["PULUMI_BACKEND_URL"] == "file:///s/bulkhead/pulumi"
+
+
+def test_a_login_elsewhere_is_kept(root: Path) -> None:
+    login(root.parent / "home" / ".pulumi", "s3://states")
+    wanted = variables(root)
+    assert "PULUMI_BACKEND_URL" not in wanted
+    assert "PULUMI_CONFIG_PASSPHRASE_FILE" not in wanted
+    assert wanted["PULUMI_CREDENTIALS_PATH"] == f"{root.parent}/home/.pulumi"
+
+
+def test_a_login_under_the_user_s_own_pulumi_home_is_kept(root: Path) -> None:
+    login(root.parent / "mine", "https://api.pulumi.com")
+    wanted = variables(root, PULUMI_HOME=f"{root.parent}/mine")
+    assert "PULUMI_BACKEND_URL" not in wanted
+    assert wanted["PULUMI_CREDENTIALS_PATH"] == f"{root.parent}/mine"
+
+
+@pytest.mark.parametrize("content", ['{"current": ""}', '{"current": null}', "[]", "broken"])
+def test_a_logged_out_or_unreadable_login_is_none(root: Path, content: str) -> None:
+    folder = root.parent / "home" / ".pulumi"
+    folder.mkdir(parents=True)
+    (folder / "credentials.json").write_text(content)
+    assert variables(root)["PULUMI_BACKEND_URL"].startswith("file://")
+
+
+def test_a_backend_that_the_user_sets_is_kept_even_if_logged_in(root: Path) -> None:
+    login(root.parent / "home" / ".pulumi", "https://api.pulumi.com")
+    wanted = variables(root, PULUMI_BACKEND_URL="file:///mine")
+    assert wanted["PULUMI_BACKEND_URL"] == "file:///mine"
+    assert wanted["PULUMI_CONFIG_PASSPHRASE_FILE"].endswith("/passphrase")
+
+
+def test_a_shared_backend_gets_no_passphrase_of_this_machine(root: Path) -> None:
+    assert "PULUMI_CONFIG_PASSPHRASE_FILE" not in variables(root, PULUMI_BACKEND_URL="s3://states")
+
+
+def test_an_access_token_means_pulumi_s_own_service(root: Path) -> None:
+    wanted = variables(root, PULUMI_ACCESS_TOKEN="pul-1")
+    assert not {"PULUMI_BACKEND_URL", "PULUMI_CONFIG_PASSPHRASE_FILE"} & wanted.keys()
+
+
+def test_the_backend_of_the_project_file_is_kept(root: Path) -> None:
+    (root / "Pulumi.yaml").write_text("name: bulkhead\nbackend: {url: 'gs://states'}\n")
+    assert not {"PULUMI_BACKEND_URL", "PULUMI_CONFIG_PASSPHRASE_FILE"} & variables(root).keys()
+
+
+@pytest.mark.parametrize("name", ["PULUMI_CONFIG_PASSPHRASE", "PULUMI_CONFIG_PASSPHRASE_FILE"])
+@pytest.mark.parametrize("value", ["mine", ""])
+def test_a_passphrase_that_the_user_sets_is_kept_even_if_empty(root: Path, name: str, value: str) -> None:
+    wanted = variables(root, **{name: value})
+    chosen = {key: held for key, held in wanted.items() if key.startswith("PULUMI_CONFIG_PASSPHRASE")}
+    assert chosen == {name: value}
+
+
+# State and passphrase.
+
+
+def test_the_passphrase_is_private_random_and_kept(root: Path) -> None:
+    state = root.parent / "state"
+    wanted = variables(root, XDG_STATE_HOME=str(state))
+    pulumi.prepare(wanted, state / "bulkhead")
+    file = state / "bulkhead" / "passphrase"
+    first = file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert len(first) >= 43
+    pulumi.prepare(wanted, state / "bulkhead")
+    assert file.read_text() == first
+    assert sorted(path.name for path in file.parent.iterdir()) == ["passphrase", "pulumi"]
+
+
+def test_a_passphrase_that_another_run_wrote_first_counts(tmp_path: Path) -> None:
+    (tmp_path / "passphrase").write_text("theirs")
+    pulumi.write_passphrase(tmp_path / "passphrase")
+    assert (tmp_path / "passphrase").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["passphrase"]
+
+
+def test_a_lost_passphrase_is_not_replaced_while_stacks_need_it(root: Path) -> None:
+    state = root.parent / "state"
+    wanted = variables(root, XDG_STATE_HOME=str(state))
+    pulumi.prepare(wanted, state / "bulkhead")
+    stacks = state / "bulkhead" / "pulumi" / ".pulumi" / "stacks" / "bulkhead"
+    stacks.mkdir(parents=True)
+    (stacks / "prod.json").write_text("{}")
+    (state / "bulkhead" / "passphrase").unlink()
+    with pytest.raises(PulumiError, match="restore the file"):
+        pulumi.prepare(wanted, state / "bulkhead")
+
+
+def test_a_full_disk_for_the_state_is_said_before_anything_starts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(root)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    wanted = variables(root, XDG_STATE_HOME=str(root.parent / "state"))
+    with pytest.raises(PulumiError, match=r"disk is full.*XDG_STATE_HOME"):
+        pulumi.prepare(wanted, root.parent / "state" / "bulkhead")
+    assert not (root.parent / "state").exists()
+
+
+def test_a_disk_that_fills_up_while_the_passphrase_is_written_leaves_no_half_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    state = root.parent / "state" / "bulkhead"
+    with pytest.raises(PulumiError, match="disk is full"):
+        pulumi.prepare(variables(root, XDG_STATE_HOME=str(state.parent)), state)
+    assert [path.name for path in state.iterdir()] == ["pulumi"]
+
+
+def test_a_state_folder_that_cannot_be_written_is_explained(root: Path) -> None:
+    (root.parent / "state").write_text("a file in the way")
+    with pytest.raises(PulumiError, match="cannot be written"):
+        pulumi.prepare(variables(root, XDG_STATE_HOME=str(root.parent / "state")), root.parent / "state" / "bulkhead")
+
+
+# The real class, with a stand-in program.
+
+
+def stand_in(root: Path, script: str) -> Pulumi:
+    program = root / ".bulkhead" / "pulumi" / "bin" / "pulumi"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return Pulumi(root, variables(root, PATH=os.environ["PATH"]))
+
+
+def test_stacks_are_listed_with_their_resources(root: Path) -> None:
+    listed = '[{"name": "host", "resourceCount": 3}, {"name": "dev"}]'
+    assert stand_in(root, f"echo '{listed}'").stacks() == {"host": 3, "dev": 0}
+
+
+def test_output_and_exit_code_are_captured_and_the_checkout_is_named(root: Path) -> None:
+    result = stand_in(root, 'echo "$@"; echo wrong >&2; exit 3').capture("preview")
+    assert result == (3, f"--cwd {root} preview\nwrong\n")
+
+
+def test_what_pulumi_says_of_a_full_disk_gets_the_next_step(root: Path) -> None:
+    result = stand_in(root, "echo 'write prod.json: no space left on device'; exit 255").capture("up")
+    assert "free some space" in result.output
+
+
+def test_pulumi_that_is_not_installed_names_set_up(root: Path) -> None:
+    with pytest.raises(PulumiError, match="make setup"):
+        Pulumi(root, {"PATH": str(root)}).run("version")
+
+
+def test_a_failing_query_raises_what_pulumi_says(root: Path) -> None:
+    with pytest.raises(PulumiError, match="no stack named"):
+        stand_in(root, "echo 'error: no stack named x' >&2; exit 255").resources("x")
+
+
+# The order of stacks.
+
+LEDGER = """\
+config:
+  bulkhead:environments:
+    dev: {tier: best-effort, subnet: 10.82.0.0/16, limits: {memory: 30%}}
+    prod: {tier: protected, subnet: 10.81.0.0/16, reservations: {cpus: 60%, memory: 50%}}
+    staging: {tier: best-effort, subnet: 10.83.0.0/16, limits: {memory: 5%}}
+"""
+
+
+@pytest.fixture
+def checkout(root: Path) -> Path:
+    (root / "Pulumi.host.yaml").write_text(LEDGER)
+    for name in ("dev", "prod"):
+        (root / f"Pulumi.{name}.yaml").write_text("config: {}\n")
+    return root
+
+
+def test_host_is_first_and_protected_before_best_effort(checkout: Path) -> None:
+    stacks = order.read(checkout)
+    assert stacks.names == ("host", "prod", "dev")
+    assert stacks.without_file == ("staging",)
+
+
+def test_chosen_stacks_keep_the_deploy_order(checkout: Path) -> None:
+    assert order.read(checkout, ["dev", "prod"]).names == ("prod", "dev")
+
+
+def test_an_unknown_environment_is_an_error_with_a_suggestion(checkout: Path) -> None:
+    with pytest.raises(SettingsError, match="Did you mean 'prod'"):
+        order.read(checkout, ["prd"])
+
+
+def test_a_chosen_environment_without_its_file_is_an_error(checkout: Path) -> None:
+    with pytest.raises(SettingsError, match=r"Pulumi\.staging\.yaml"):
+        order.read(checkout, ["staging"])
+
+
+# What a preview says.
+
+NO_CHANGES = "Resources:\n    12 unchanged\n"
+CHANGES = (
+    "Resources:\n    + 2 to create\n    ~ 1 to update\n    +-1 to replace\n    4 changes. 9 unchanged\n\n"
+    "error: no changes were expected for preview but changes were proposed\n"
+)
+CHANGED = "2 to create, 1 to update, 1 to replace"
+VIOLATION = (
+    "Policies:\n    x bulkhead@v0.1.0 (local: policies)\n        - [mandatory]  prod-no-quota  (docker: web)\n"
+    "          remove cpus\n\nResources:\n    + 2 to create\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "outcome", "changes", "violations"),
+    [
+        (0, NO_CHANGES, Outcome.UNCHANGED, "", 0),
+        (255, CHANGES, Outcome.CHANGED, CHANGED, 0),
+        (255, VIOLATION, Outcome.FAILED, "2 to create", 1),
+        (255, VIOLATION + CHANGES, Outcome.FAILED, "2 to create, 2 to create, 1 to update, 1 to replace", 1),
+        (255, "error: broken", Outcome.FAILED, "", 0),
+        (0, 'Outputs:\n  ~ endpoints: "a" => "b"\n\nResources:\n    12 unchanged\n', Outcome.CHANGED, "outputs", 0),
+        (0, 'Outputs:\n    endpoints: "a"\n\nResources:\n    12 unchanged\n', Outcome.UNCHANGED, "", 0),
+        (255, CHANGES.replace("+ 2", "\x1b[1m+\x1b[0m 2"), Outcome.CHANGED, CHANGED, 0),
+    ],
+)  # fmt: skip
+def test_previews_are_told_apart(code: int, output: str, outcome: Outcome, changes: str, violations: int) -> None:
+    preview = previews.classify("prod", Result(code, output))
+    assert (preview.outcome, preview.changes, preview.violations) == (outcome, changes, violations)
+
+
+def test_a_locked_stack_gets_the_command_that_unlocks_it() -> None:
+    preview = previews.classify("prod", Result(255, "error: the stack is currently locked by 1 lock(s)"))
+    assert "make pulumi ARGS='cancel --yes --stack NAME'" in preview.output
+
+
+# up, preview and down.
+
+
+class Recorder(Pulumi):
+    """Answers previews from `says` (the last answer of a stack stays), and records what is run."""
+
+    def __init__(self, deployed: Mapping[str, int], says: Mapping[str, Sequence[Result]], fails: str = "") -> None:
+        super().__init__(Path("/checkout"), {})
+        self.deployed, self.fails = deployed, fails
+        self.says = {stack: list(answers) for stack, answers in says.items()}
+        self.ran: list[str] = []
+        self.created: list[str] = []
+        self.previewed: list[str] = []
+        self.state: Mapping[str, list[dict[str, Any]]] = {}
+
+    def stacks(self) -> dict[str, int]:
+        return dict(self.deployed)
+
+    def create(self, stack: str) -> None:
+        assert stack not in self.deployed
+        self.created.append(stack)
+
+    def run(self, *arguments: str) -> int:
+        stack = arguments[arguments.index("--stack") + 1]
+        self.ran.append(f"{arguments[0]} {stack}")
+        self.arguments = arguments
+        return int(stack == self.fails)
+
+    def capture(self, *arguments: str) -> Result:
+        stack = arguments[2]
+        self.previewed.append(stack)
+        self.arguments = arguments
+        answers = self.says[stack]
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def resources(self, stack: str) -> list[dict[str, Any]]:
+        return self.state.get(stack, [])
+
+
+TIERS = {"prod": Tier.PROTECTED, "dev": Tier.BEST_EFFORT}
+ALL = Stacks(("host", "prod", "dev"), TIERS)
+SAME, OTHER, BAD = Result(0, NO_CHANGES), Result(255, CHANGES), Result(255, VIOLATION)
+DEPLOYED = {"host": 5, "prod": 9, "dev": 9}
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=160)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_up_with_nothing_to_change_runs_no_deploy(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [SAME]})
+    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert recorder.ran == []
+    assert sorted(recorder.previewed) == ["dev", "host", "prod"]
+
+
+def test_up_deploys_only_what_differs(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
+    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert recorder.ran == ["up dev"]
+    assert recorder.arguments[-2:] == ("--policy-pack", "pack")
+
+
+def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console) -> None:
+    recorder = Recorder({}, {})
+    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert recorder.ran == ["up host", "up prod", "up dev"]
+    assert recorder.created == ["host", "prod", "dev"]
+
+
+def test_a_changed_host_makes_the_environments_looked_at_again(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME, OTHER], "dev": [BAD, SAME]})
+    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert recorder.ran == ["up host", "up prod"]
+
+
+def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [OTHER], "dev": [BAD]})
+    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert recorder.ran == []
+    assert "remove cpus" in shown(console)
+    assert "no environment was changed" in shown(console)
+
+
+def test_a_failing_host_stops_everything(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [BAD], "prod": [SAME], "dev": [SAME]})
+    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert recorder.ran == []
+
+
+def test_a_deploy_that_fails_stops_and_names_what_was_not_touched(console: Console) -> None:
+    recorder = Recorder({}, {}, fails="prod")
+    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert recorder.ran == ["up host", "up prod"]
+    assert "not touched: dev" in shown(console)
+
+
+def test_up_of_one_environment_looks_at_host_too(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "dev": [OTHER]})
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), "pack", console) == 0
+    assert recorder.ran == ["up dev"]
+
+
+def test_an_environment_without_a_settings_file_is_said(console: Console) -> None:
+    recorder = Recorder({}, {})
+    deploy.up(recorder, Stacks(("host",), TIERS, ("staging",)), "pack", console)
+    assert "Pulumi.staging.yaml is missing" in shown(console)
+
+
+def test_preview_goes_on_after_a_failure_and_sums_up(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [BAD], "dev": [OTHER]})
+    assert deploy.preview(recorder, ALL, "pack", console) == 1
+    assert sorted(recorder.previewed) == ["dev", "host", "prod"]
+    assert "2 to create, 1 to update" in shown(console)
+    assert recorder.ran == []
+
+
+def test_preview_with_changes_is_no_failure_but_drift_is(console: Console) -> None:
+    says = {"host": [SAME], "prod": [SAME], "dev": [OTHER]}
+    assert deploy.preview(Recorder(DEPLOYED, says), ALL, "pack", console) == 0
+    recorder = Recorder(DEPLOYED, says)
+    assert deploy.preview(recorder, ALL, "pack", console, drift=True) == 1
+    assert recorder.arguments[-1] == "--refresh"
+
+
+def test_preview_of_an_environment_before_host_is_deployed_names_the_next_step(console: Console) -> None:
+    recorder = Recorder({}, {"host": [OTHER]})
+    assert deploy.preview(recorder, ALL, "pack", console) == 1
+    assert recorder.previewed == ["host"]
+    assert "Next step: make up" in shown(console)
+
+
+def never(_: str) -> str:
+    raise AssertionError("asked")
+
+
+def test_down_destroys_in_reverse_order_and_keeps_protected_resources(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {})
+    assert deploy.down(recorder, ALL, {"BULKHEAD_CONFIRM": "prod"}, never, console) == 0
+    assert recorder.ran == ["destroy dev", "destroy prod", "destroy host"]
+    assert "--exclude-protected" in recorder.arguments
+
+
+@pytest.mark.parametrize(
+    ("variables", "ask", "expected"),
+    [
+        ({}, None, False),
+        ({"BULKHEAD_CONFIRM": "prod"}, None, True),
+        ({"BULKHEAD_CONFIRM": "prod, staging"}, None, True),
+        ({"BULKHEAD_CONFIRM": "production"}, None, False),
+        ({"BULKHEAD_CONFIRM": "yes"}, lambda _: "y", False),
+        ({}, lambda _: "prod", True),
+        ({}, lambda _: "", False),
+    ],
+)
+def test_a_protected_environment_needs_its_name(
+    variables: Mapping[str, str], ask: Callable[[str], str] | None, expected: bool
+) -> None:
+    assert deploy.confirmed("prod", variables, ask) is expected
+
+
+def test_an_unconfirmed_protected_environment_keeps_everything_from_being_destroyed(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {})
+    with pytest.raises(PulumiError, match="BULKHEAD_CONFIRM=prod"):
+        deploy.down(recorder, ALL, {}, lambda _: "no", console)
+    assert recorder.ran == []
+
+
+def test_a_best_effort_environment_is_destroyed_without_asking(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {})
+    assert deploy.down(recorder, Stacks(("dev",), TIERS), {}, never, console) == 0
+    assert recorder.ran == ["destroy dev"]
+
+
+def test_host_stays_while_an_environment_has_containers(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {})
+    recorder.state = {"dev": [{"type": deploy.CONTAINER}], "prod": [{"type": deploy.VOLUME}]}
+    with pytest.raises(PulumiError, match="make down ENV=dev"):
+        deploy.down(recorder, Stacks(("host",), TIERS), {}, never, console)
+    assert recorder.ran == []
+    recorder.state = {"prod": [{"type": deploy.VOLUME}]}  # what prod keeps needs no slice
+    assert deploy.down(recorder, Stacks(("host",), TIERS), {}, never, console) == 0
+
+
+def test_what_is_not_deployed_is_not_destroyed(console: Console) -> None:
+    recorder = Recorder({"host": 0}, {})
+    assert deploy.down(recorder, ALL, {}, never, console) == 0
+    assert recorder.ran == []
+    assert "Nothing is deployed" in shown(console)
+
+
+def test_kept_volumes_are_named_with_the_way_to_delete_them() -> None:
+    volume = {"type": deploy.VOLUME, "custom": True, "protect": True, "id": "prod-db-data", "urn": "a::b::db-data"}
+    component = {"type": "bulkhead:index:Volume", "protect": True, "urn": "a::b::db"}
+    text = deploy.remains("prod", [volume, component])
+    assert "volume prod-db-data" in text
+    assert "docker volume rm prod-db-data" in text
+    assert "state unprotect --all --yes --stack prod" in text
+    assert deploy.remains("dev", [{"type": "x", "custom": True}]) == "dev: nothing remains"
+
+
+@pytest.mark.parametrize(
+    ("given", "pack"), [({}, "/c/policies"), ({"POLICY_PACK": ""}, "/c/policies"), ({"POLICY_PACK": "/b"}, "/b")]
+)
+def test_the_policy_pack_can_come_from_elsewhere(given: Mapping[str, str], pack: str) -> None:
+    assert deploy.policy_pack(Path("/c"), given) == pack
+
+
+# plan.
+
+
+def test_plan_shows_capacity_promises_and_what_is_free(checkout: Path) -> None:
+    asked = {"cpus": 10, "memory": 100 * GIB, "disk": 1000 * GIB}
+    ledger = LedgerSettings.read(checkout / "Pulumi.host.yaml").resolve(asked)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(plan.table(ledger))
+    rows = {line.split("│")[1].strip(): line.split("│") for line in shown(console).splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["memory"][1:-1]] == [
+        "memory", "100GiB", "-", "30GiB", "50GiB", "5GiB", "15GiB",
+    ]  # fmt: skip
+    assert rows["cpus"][5].strip() == "6 CPUs"
+
+
+def test_the_engine_is_not_asked_if_the_ledger_declares_everything(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(_: str | None) -> None:
+        raise AssertionError("asked")
+
+    declared = LEDGER.replace("config:\n", "config:\n  bulkhead:capacity: {cpus: 4, memory: 8GiB, disk: 1TB}\n")
+    (checkout / "Pulumi.host.yaml").write_text(declared)
+    monkeypatch.setattr(host, "facts", asked)
+    assert plan.ledger(checkout).capacity.cpus == 4
