@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pulumi
 
+from components.files import File
 from components.image import Image, ImageArgs
 from components.network import Network, NetworkArgs
 from components.secret import Secret, SecretArgs
-from components.service import Attachment, File, Service, ServiceArgs
+from components.service import Attachment, Service, ServiceArgs
 from components.volume import Volume, VolumeArgs
 from settings import compose
 from settings.errors import SettingsError
@@ -38,6 +39,7 @@ class EnvironmentArgs:
 
     `project`: its compose files, read. `subnet`: the range that its networks are cut from. `cgroup_parent`: its
     slice, as the host stack gives it. `secrets`: values by name, for `external` secrets and for variables.
+    `cgroup_version`, `legacy_builder`: the host's, see `components.service` and `components.image`.
     `variables`: where secrets and configs with an `environment` take their values.
     """
 
@@ -46,6 +48,7 @@ class EnvironmentArgs:
     subnet: IPv4Network
     cgroup_parent: pulumi.Input[str]
     cgroup_version: pulumi.Input[int] = 1
+    legacy_builder: pulumi.Input[bool] = False
     secrets: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
@@ -117,6 +120,7 @@ class Environment(pulumi.ComponentResource):
                         cgroup_parent=self._args.cgroup_parent,
                         image=None if service.build else service.image,
                         build=service.build,
+                        legacy_builder=self._args.legacy_builder,
                     ),
                     opts=pulumi.ResourceOptions(parent=self),
                 )

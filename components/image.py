@@ -20,7 +20,8 @@ from settings.ledger import Tier
 class ImageArgs:
     """Exactly one of `image` (a reference) and `build`.
 
-    `cgroup_parent`: the environment's slice: a build of dev's must not slow prod either.
+    `cgroup_parent`: the environment's slice: a build of dev's must not slow prod either. `legacy_builder`: build
+    without BuildKit, which before engine 23.0 ignores the cgroup parent.
     """
 
     environment: str
@@ -29,6 +30,7 @@ class ImageArgs:
     cgroup_parent: pulumi.Input[str]
     image: str | None = None
     build: Build | None = None
+    legacy_builder: pulumi.Input[bool] = False
 
 
 class Image(pulumi.ComponentResource):
@@ -52,6 +54,7 @@ class Image(pulumi.ComponentResource):
                     build_args=dict(args.build.args),
                     target=args.build.target,
                     cgroup_parent=args.cgroup_parent,
+                    use_legacy_builder=args.legacy_builder,
                     labels=labels(args.environment, args.tier, args.service),
                     remove=True,
                     force_remove=True,

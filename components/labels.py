@@ -9,6 +9,7 @@ from typing import Any
 ENVIRONMENT = "bulkhead.environment"
 TIER = "bulkhead.tier"
 SERVICE = "bulkhead.service"
+FILES = "bulkhead.files"
 
 
 def labels(environment: str, tier: str, service: str | None = None) -> dict[str, str]:

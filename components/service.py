@@ -6,15 +6,15 @@ transforms or hooks, which neither mocks nor other callers would run. It builds 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import pulumi
 import pulumi_docker as docker
 
+from components.files import File, Files, FilesArgs, uploads
 from components.labels import label_inputs, labels
 from settings.ledger import Tier
-from settings.model import Healthcheck, seconds
+from settings.model import Healthcheck, Mount, seconds
 from settings.model import Service as ComposeService
 from settings.project import host_address
 
@@ -38,17 +38,6 @@ class Attachment:
     network: pulumi.Input[str]
     aliases: Sequence[str] = ()
     ipv4_address: str | None = None
-
-
-@dataclass(frozen=True)
-class File:
-    """A file put into the container before it starts: a secret or a config. `mode` is octal text."""
-
-    target: str
-    content: pulumi.Input[str]
-    mode: str = "0444"
-    uid: str | None = None
-    gid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +74,17 @@ class Service(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: ServiceArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Service", name, None, opts)
-        kwargs = container_args(args)
+        files = self._files(name, args)
+        kwargs = container_args(args, files.mounts if files else ())
         containers = [
             docker.Container(
                 f"{name}-{number}",
                 **kwargs,
-                opts=pulumi.ResourceOptions(parent=self, delete_before_replace=not starts_first(args.service)),
+                opts=pulumi.ResourceOptions(
+                    parent=self,
+                    depends_on=[files] if files else [],
+                    delete_before_replace=not starts_first(args.service),
+                ),
             )
             for number in range(1, args.service.deploy.replicas + 1)
         ]
@@ -100,6 +94,13 @@ class Service(pulumi.ComponentResource):
             lambda codes: self._succeeded(name, codes)
         )
         self.register_outputs({"container_ids": self.container_ids, "health": self.health})
+
+    def _files(self, name: str, args: ServiceArgs) -> Files | None:
+        """The files of a service with a read-only root; None where they can be uploaded."""
+        if not args.files or not args.service.read_only:
+            return None
+        files = FilesArgs(args.environment, args.tier, args.key, args.image_id, args.cgroup_parent, args.files)
+        return Files(f"{name}-files", files, opts=pulumi.ResourceOptions(parent=self))
 
     def _succeeded(self, name: str, codes: Sequence[int | None]) -> pulumi.Resource:
         """This service, once its containers have ended well. Raises `pulumi.RunError` when one has not."""
@@ -124,8 +125,11 @@ def starts_first(service: ComposeService) -> bool:
     return not publishes and not writes and not service.network_mode
 
 
-def container_args(args: ServiceArgs) -> dict[str, Any]:
-    """Arguments of `pulumi_docker.Container` for one service. Keys whose value is Compose's default are left out."""
+def container_args(args: ServiceArgs, file_mounts: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Arguments of `pulumi_docker.Container` for one service. Keys whose value is Compose's default are left out.
+
+    `file_mounts`: the volumes that hold the service's files where its root is read-only (`components.files`).
+    """
     service = args.service
     grace = STOP_GRACE if service.stop_grace_period is None else round(service.stop_grace_period)
     one_shot = args.runs_to_completion
@@ -172,8 +176,9 @@ def container_args(args: ServiceArgs) -> dict[str, Any]:
         "log_opts": log_options(service),
         "capabilities": capabilities(service),
         "security_opts": security_options(service),
-        "volumes": mounts(args) or None,
-        "uploads": uploads(args.files) or None,
+        "volumes": [*volumes(args), *file_mounts] or None,
+        "mounts": mounts(args) or None,
+        "uploads": (uploads(args.files) or None) if not service.read_only else None,
         "ports": ports(args) or None,
         "network_mode": args.modes.get("network"),
         "pid_mode": args.modes.get("pid"),
@@ -244,33 +249,41 @@ def tmpfs(service: ComposeService) -> dict[str, str]:
     return found
 
 
+def volumes(args: ServiceArgs) -> list[dict[str, Any]]:
+    """Named volumes and binds in the engine's short form, which makes a bind's host path where there is none."""
+    return [
+        ({"host_path": mount.source} if mount.type == "bind" else {"volume_name": args.volumes[mount.source or ""]})
+        | {"container_path": mount.target}
+        | ({"read_only": True} if mount.read_only else {})
+        for mount in args.service.volumes
+        if mount.type != "tmpfs" and not long_form(mount)
+    ]
+
+
 def mounts(args: ServiceArgs) -> list[dict[str, Any]]:
-    """Named volumes and binds; and, below a read-only root, an anonymous volume for each folder of files."""
-    found: list[dict[str, Any]] = []
-    for mount in args.service.volumes:
-        if mount.type == "volume":
-            found.append({"volume_name": args.volumes[mount.source or ""], "container_path": mount.target})
-        elif mount.type == "bind":
-            found.append({"host_path": mount.source, "container_path": mount.target})
-        if mount.type != "tmpfs" and mount.read_only:
-            found[-1]["read_only"] = True
-    if args.service.read_only:
-        # The engine refuses to copy files into a read-only root, but not into a volume. The volume is the
-        # container's own and goes with it.
-        taken = {mount.target for mount in args.service.volumes}
-        folders = {str(PurePosixPath(file.target).parent) for file in args.files} - taken
-        found += [{"container_path": folder} for folder in sorted(folders)]
+    """Mounts with options that only the engine's long form has."""
+    found = []
+    for mount in filter(long_form, args.service.volumes):
+        bind = mount.type == "bind"
+        options = {"propagation": mount.propagation} if bind else {"no_copy": mount.nocopy, "subpath": mount.subpath}
+        written = {key: value for key, value in options.items() if value}
+        found.append(
+            {
+                "type": mount.type,
+                "source": mount.source if bind else args.volumes[mount.source or ""],
+                "target": mount.target,
+            }
+            | ({"read_only": True} if mount.read_only else {})
+            | ({f"{mount.type}_options": written} if written else {})
+        )
     return found
 
 
-def uploads(files: Sequence[File]) -> list[dict[str, Any]]:
-    """Files for the provider to copy in between create and start."""
-    return [
-        {"file": file.target, "content": file.content, "permissions": file.mode}
-        | ({"owner": file.uid} if file.uid else {})
-        | ({"group": file.gid} if file.gid else {})
-        for file in sorted(files, key=lambda file: file.target)
-    ]
+def long_form(mount: Mount) -> bool:
+    """Whether a mount needs the engine's long form."""
+    if mount.type == "bind":
+        return mount.propagation is not None or not mount.create_host_path
+    return mount.type == "volume" and (mount.nocopy or mount.subpath is not None)
 
 
 def ports(args: ServiceArgs) -> list[dict[str, Any]]:

@@ -24,8 +24,9 @@ def build() -> Environment:
     check_ports(ledger, name)
     check_images(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
-    told = pulumi.StackReference("host", stack_name=host_stack()).require_output("environments")
-    mine = told.apply(lambda environments: promise(environments, name))
+    deployed = pulumi.StackReference("host", stack_name=host_stack())
+    engine = deployed.require_output("engine")
+    mine = deployed.require_output("environments").apply(lambda environments: promise(environments, name))
     environment = Environment(
         name,
         EnvironmentArgs(
@@ -33,7 +34,8 @@ def build() -> Environment:
             tier=promised.tier,
             subnet=promised.subnet,
             cgroup_parent=mine["cgroup_parent"],
-            cgroup_version=mine["cgroup_version"],
+            cgroup_version=engine["cgroup_version"],
+            legacy_builder=engine["legacy_builder"],
             variables={
                 **os.environ,
                 **settings.variables,

@@ -10,6 +10,8 @@ from settings import host
 from settings.ledger import Budget, LedgerSettings
 from settings.project import root
 
+# The first engine whose BuildKit runs a build below the cgroup parent that it is given; before, builds would escape.
+BUILDKIT_IN_SLICES = 23
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -41,7 +43,6 @@ def build() -> None:
             "tier": str(environment.tier),
             "subnet": str(environment.subnet),
             "cgroup_parent": slice_.cgroup_parent,
-            "cgroup_version": facts.cgroup_version,
             "budget": {
                 "reservations": budget(environment.reservations),
                 "limits": budget(environment.limits),
@@ -49,7 +50,15 @@ def build() -> None:
         }
     pulumi.export("capacity", ledger.capacity.model_dump())
     pulumi.export("system", budget(ledger.system))
-    pulumi.export("cgroup", {"driver": facts.cgroup_driver, "version": facts.cgroup_version})
+    pulumi.export(
+        "engine",
+        {
+            "version": facts.server_version,
+            "cgroup_driver": facts.cgroup_driver,
+            "cgroup_version": facts.cgroup_version,
+            "legacy_builder": int(facts.server_version.split(".")[0]) < BUILDKIT_IN_SLICES,
+        },
+    )
     pulumi.export("environments", told)
 
 

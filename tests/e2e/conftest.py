@@ -47,9 +47,10 @@ class Deployment:
             name: value for name, value in os.environ.items() if not name.startswith(("PULUMI_", "BULKHEAD_"))
         } | {"XDG_STATE_HOME": str(state), "CI": "true"}
 
-    def make(self, target: str, stack: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        """`make target ENV=stack`, with its output as text. Bounded, so that a hang is a failure."""
-        words = ["make", "--no-print-directory", target, *([f"ENV={stack}"] if stack else [])]
+    def make(self, target: str, stack: str = "", args: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        """`make target ENV=stack ARGS=args`, with its output as text. Bounded, so that a hang is a failure."""
+        words = ["make", "--no-print-directory", target]
+        words += [f"{name}={value}" for name, value in (("ENV", stack), ("ARGS", args)) if value]
         return subprocess.run(
             words,
             cwd=self.folder,
@@ -62,15 +63,15 @@ class Deployment:
             check=False,
         )
 
-    def done(self, target: str, stack: str = "", **variables: str) -> str:
+    def done(self, target: str, stack: str = "", args: str = "", **variables: str) -> str:
         """Like `make`, for what has to work."""
-        ran = self.make(target, stack, **variables)
+        ran = self.make(target, stack, args, **variables)
         assert ran.returncode == 0, ran.stdout[-6000:]
         return ran.stdout
 
     def outputs(self, stack: str) -> Any:
         """The stack's outputs as monitoring reads them."""
-        return json.loads(self.done("outputs", stack))
+        return json.loads(self.done("pulumi", args=f"stack output --json --stack {stack}"))
 
     def settings(self, stack: str, **changed: Any) -> None:
         """Writes keys of `Pulumi.<stack>.yaml`, keeping the others."""
@@ -109,12 +110,17 @@ def ours(engine: docker.DockerClient, environment: str | None = None) -> Mapping
     names = [environment] if environment else [PROD, DEV, STAGING]
     found: dict[str, list[Any]] = {"containers": [], "networks": [], "volumes": [], "images": []}
     for name in names:
-        labelled = {"label": f"{LABEL}={name}"}
+        labelled: dict[str, Any] = {"label": f"{LABEL}={name}"}
         found["containers"] += engine.containers.list(all=True, filters=labelled)
         found["networks"] += engine.networks.list(filters=labelled)
         found["volumes"] += engine.volumes.list(filters=labelled)
         found["images"] += [image for image in engine.images.list(filters=labelled) if image.tags]
     return found
+
+
+def running(engine: docker.DockerClient, environment: str) -> list[Any]:
+    """The containers of the environment's services: not those that only carry files into a volume."""
+    return [one for one in ours(engine, environment)["containers"] if "bulkhead.files" not in one.labels]
 
 
 def groups(environment: str) -> list[Path]:

@@ -3,9 +3,11 @@ and changing one thing."""
 
 from typing import Any
 
+import pulumi
 import pytest
 
-from components.service import Attachment, File, ServiceArgs, container_args, health_timeout, starts_first
+from components.files import File, folders
+from components.service import Attachment, ServiceArgs, container_args, health_timeout, starts_first
 from settings.ledger import Tier
 from settings.model import Healthcheck, Service
 
@@ -75,7 +77,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "tmpfs": ({"tmpfs": ["/tmp", "/run:size=1m"]}, {"tmpfs": {"/tmp": "", "/run": "size=1m"}}),
     "a tmpfs volume": (
-        {"volumes": [{"type": "tmpfs", "target": "/t", "tmpfs_size": 1024, "tmpfs_mode": 0o700}]},
+        {"volumes": [{"type": "tmpfs", "target": "/t", "tmpfs": {"size": 1024, "mode": 0o700}}]},
         {"tmpfs": {"/t": "size=1024,mode=700"}},
     ),
     "a graceful stop also when the container is deleted": (
@@ -137,9 +139,17 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"ports": [{"target": 80, "published": 8080}, {"target": 53, "protocol": "udp"}]},
         {"ports": [{"internal": 80, "protocol": "tcp", "external": 8080}, {"internal": 53, "protocol": "udp"}]},
     ),
-    "a bind": (
-        {"volumes": [{"type": "bind", "source": "/srv/x", "target": "/x", "read_only": True}]},
-        {"volumes": [{"host_path": "/srv/x", "container_path": "/x", "read_only": True}]},
+    "a bind whose host path may be made": (
+        {
+            "volumes": [
+                {"type": "bind", "source": "/s", "target": "/x", "read_only": True, "bind": {"create_host_path": True}}
+            ]
+        },
+        {"volumes": [{"host_path": "/s", "container_path": "/x", "read_only": True}]},
+    ),
+    "a bind whose host path must be there": (
+        {"volumes": [{"type": "bind", "source": "/s", "target": "/x", "bind": {"propagation": "rslave"}}]},
+        {"mounts": [{"type": "bind", "source": "/s", "target": "/x", "bind_options": {"propagation": "rslave"}}]},
     ),
 }
 
@@ -155,6 +165,20 @@ def test_a_named_volume_is_mounted_by_the_engines_name_for_it() -> None:
     mount = {"volumes": [{"type": "volume", "source": "data", "target": "/d"}]}
     assert args(mount, volumes={"data": "prod-data"})["volumes"] == [
         {"volume_name": "prod-data", "container_path": "/d"}
+    ]
+
+
+def test_a_volume_without_copy_takes_the_long_form() -> None:
+    mount = {
+        "volumes": [{"type": "volume", "source": "data", "target": "/d", "volume": {"nocopy": True, "subpath": "a"}}]
+    }
+    assert args(mount, volumes={"data": "prod-data"})["mounts"] == [
+        {
+            "type": "volume",
+            "source": "prod-data",
+            "target": "/d",
+            "volume_options": {"no_copy": True, "subpath": "a"},
+        }
     ]
 
 
@@ -179,9 +203,13 @@ def test_files_are_uploaded_with_their_mode_and_owner() -> None:
     ]
 
 
-def test_files_below_a_read_only_root_go_to_a_volume_of_the_containers_own() -> None:
-    found = args({"read_only": True}, files=[File("/run/secrets/a", "1"), File("/run/secrets/b", "2")])
-    assert found["volumes"] == [{"container_path": "/run/secrets"}]
+def test_nothing_is_uploaded_below_a_read_only_root() -> None:
+    assert args({"read_only": True}, files=[File("/run/secrets/a", "1")]) == PLAIN | {"read_only": True}
+
+
+def test_a_file_in_a_read_only_root_itself_names_the_file_and_the_remedy() -> None:
+    with pytest.raises(pulumi.RunError, match=r"/app.conf.*read-only.*target: /etc/app/app.conf"):
+        folders([File("/app.conf", "1")])
 
 
 def test_a_service_that_others_wait_for_to_complete_need_not_keep_running() -> None:

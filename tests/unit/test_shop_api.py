@@ -50,9 +50,7 @@ def test_invalid_items_are_refused_by_field(payload: object, field: str) -> None
     assert str(refusal.value).startswith(f"{field}:")
 
 
-@pytest.mark.parametrize(
-    "customer", [None, 7, "", "  ", "x" * 101, "nul\0", "half a pair \ud800", "two\nlines"]
-)
+@pytest.mark.parametrize("customer", [None, 7, "", "  ", "x" * 101, "nul\0", "half a pair \ud800", "two\nlines"])
 def test_invalid_customer_is_refused(customer: object) -> None:
     with pytest.raises(catalogue.InvalidError, match=r"^customer:"):
         catalogue.parse_customer({"customer": customer})

@@ -1,0 +1,119 @@
+"""Files: the secrets and configs of a service whose root is read-only, in a volume that only this service mounts.
+
+The engine refuses to copy files into a container with a read-only root, also where a volume is mounted. So a carrier,
+a container that is made but never started, takes them into the volume. A service with a writable root needs none of
+this: its files are uploaded into its own containers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pulumi
+import pulumi_docker as docker
+
+from components.labels import FILES, label_inputs, labels
+from settings.ledger import Tier
+
+
+@dataclass(frozen=True)
+class File:
+    """A file put into the container before it starts: a secret or a config. `mode` is octal text."""
+
+    target: str
+    content: pulumi.Input[str]
+    mode: str = "0444"
+    uid: str | None = None
+    gid: str | None = None
+
+
+@dataclass(frozen=True)
+class FilesArgs:
+    """`image_id`: the service's own image, so that a folder's other files are there too."""
+
+    environment: str
+    tier: Tier
+    service: str
+    image_id: pulumi.Input[str]
+    cgroup_parent: pulumi.Input[str]
+    files: Sequence[File]
+
+
+class Files(pulumi.ComponentResource):
+    """`mounts`: one read-only mount for each folder that holds a file. Depend on the component when you use them.
+
+    Other content makes other volumes, so that a new container never shares them with the old one.
+    """
+
+    mounts: list[Any]
+
+    def __init__(self, name: str, args: FilesArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("bulkhead:index:Files", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self, delete_before_replace=False)
+        own = labels(args.environment, args.tier, args.service)
+        content = digest(args.files)
+        volumes = {
+            folder: docker.Volume(
+                f"{name}-{number}",
+                driver="local",
+                labels=content.apply(lambda known: label_inputs(own, {FILES: known})),
+                opts=child,
+            )
+            for number, folder in enumerate(folders(args.files))
+        }
+        docker.Container(
+            f"{name}-carrier",
+            image=args.image_id,
+            cgroup_parent=args.cgroup_parent,
+            start=False,
+            must_run=False,
+            network_mode="none",
+            security_opts=["no-new-privileges:true"],
+            capabilities={"drops": ["ALL"]},
+            labels=label_inputs(own, {FILES: "carrier"}),
+            volumes=[
+                docker.ContainerVolumeArgs(volume_name=volume.name, container_path=folder)
+                for folder, volume in volumes.items()
+            ],
+            uploads=uploads(args.files),
+            opts=child,
+        )
+        self.mounts = [
+            {"volume_name": volume.name, "container_path": folder, "read_only": True}
+            for folder, volume in volumes.items()
+        ]
+        self.register_outputs({"folders": list(volumes)})
+
+
+def folders(files: Sequence[File]) -> list[str]:
+    """The folders that hold the files. Raises `pulumi.RunError` for a file in the root, which no volume can hold."""
+    found = sorted({str(PurePosixPath(file.target).parent) for file in files})
+    if found and found[0] == "/":
+        names = ", ".join(file.target for file in files if str(PurePosixPath(file.target).parent) == "/")
+        raise pulumi.RunError(
+            f"{names}: the service's root is read-only, so a file cannot be put there. "
+            "Give the secret or config a target in a folder (target: /etc/app/app.conf), or remove read_only."
+        )
+    return found
+
+
+def digest(files: Sequence[File]) -> pulumi.Output[str]:
+    """12 hex digits over all targets, owners and contents; secret, as the contents are."""
+    ordered = sorted(files, key=lambda file: file.target)
+    return pulumi.Output.all(*[file.content for file in ordered]).apply(
+        lambda contents: hashlib.sha256(
+            repr([(f.target, f.mode, f.uid, f.gid, c) for f, c in zip(ordered, contents, strict=True)]).encode()
+        ).hexdigest()[:12]
+    )
+
+
+def uploads(files: Sequence[File]) -> list[Any]:
+    """Files for the provider to copy in between create and start."""
+    return [
+        {"file": file.target, "content": file.content, "permissions": file.mode}
+        | ({"owner": file.uid} if file.uid else {})
+        | ({"group": file.gid} if file.gid else {})
+        for file in sorted(files, key=lambda file: file.target)
+    ]
