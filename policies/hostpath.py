@@ -1,0 +1,60 @@
+"""Paths on the Docker host as a mount means them: normalised, and with the usual aliases resolved.
+Links that someone made on the host itself cannot be seen at preview."""
+
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from policies.world import CONTAINER, VOLUME, Field
+
+MOUNTS = {
+    CONTAINER: ("volumes.hostPath", "volumes.volumeName", "mounts.source", "mounts.volumeOptions.driverOptions.*"),
+    VOLUME: ("driverOpts.*",),
+}
+"""Where a mount names what it opens. The provider takes a `volumeName` that begins with / as a path."""
+
+LINKS = {"volumes.volumeName": {VOLUME: "{}"}, "mounts.source": {VOLUME: "{}"}}
+"""A name that is unknown at preview, but is a volume's of this stack, is no path."""
+
+# (what a path begins with, what that is): /var/run links to /run, and a process's root and cwd lead back to /.
+ALIASES = (
+    (re.compile(r"/var/run(?=/|$)"), "/run"),
+    (re.compile(r"/proc/[^/]+/(?:task/[^/]+/)?(?:root|cwd)(?=/|$)"), ""),
+)
+
+
+def normal(path: str) -> str:
+    """`/var/run/../run//docker.sock` as `/run/docker.sock`. A path without a leading / is taken from /."""
+    path = _clean(path)
+    for alias, target in ALIASES:
+        path = _clean(alias.sub(target, path, count=1))
+    return path
+
+
+def _clean(path: str) -> str:
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def overlaps(path: str, places: Iterable[str]) -> str | None:
+    """The first of `places` that a mount of `path` opens: the place itself, something in it, or a folder above it.
+
+    `*` in a place stands for any one part, as in `/run/user/*/docker.sock`.
+    """
+    parts = normal(path).split("/")[1:]
+    return next((place for place in places if _overlap(parts, place.split("/")[1:])), None)
+
+
+def _overlap(path: list[str], place: list[str]) -> bool:
+    return path == [""] or all(fnmatchcase(one, other) for one, other in zip(path, place, strict=False))
+
+
+def opened(field: Field) -> Iterator[str]:
+    """Every path on the host that a value of `MOUNTS` opens: `/run`, or `/a` and `/b` of `lowerdir=/a,upperdir=/b`."""
+    value = str(field.value)
+    if field.path.endswith(".device"):
+        yield value
+    if field.path.startswith("driverOpts.") or ".driverOptions." in field.path:
+        yield from (part for part in re.split(r"[,=:]", value) if "/" in part)
+    elif value.startswith("/"):
+        yield value
