@@ -7,7 +7,7 @@ the environment its `cgroup_parent`.
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -39,7 +39,7 @@ class EnvironmentArgs:
 
     `project`: its compose files, read. `subnet`: the range that its networks are cut from. `cgroup_parent`: its
     slice, as the host stack gives it. `secrets`: values by name, for `external` secrets and for variables.
-    `cgroup_version`, `legacy_builder`: the host's, see `components.service` and `components.image`.
+    `cgroup_version`, `legacy_builder`, `host`: the host's, see `components.service` and `components.image`.
     `variables`: where secrets and configs with an `environment` take their values.
     """
 
@@ -49,6 +49,7 @@ class EnvironmentArgs:
     cgroup_parent: pulumi.Input[str]
     cgroup_version: pulumi.Input[int] = 1
     legacy_builder: pulumi.Input[bool] = False
+    host: str | None = None
     secrets: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
@@ -74,7 +75,7 @@ class Environment(pulumi.ComponentResource):
         images = self._images()
         after_images = pulumi.ResourceOptions(parent=self, depends_on=list(set(images.values())))
         networks, self.networks = self._networks(after_images)
-        volumes = self._volumes(after_images)
+        volumes = self._volumes(list(set(images.values())))
         secrets = self._secrets()
         built: dict[str, Service] = {}
         for key in project.order():
@@ -157,8 +158,18 @@ class Environment(pulumi.ComponentResource):
             told[engine] = {"subnet": str(subnets[key]), "internal": internal, "external": False}
         return names, told
 
-    def _volumes(self, opts: pulumi.ResourceOptions) -> dict[str, pulumi.Input[str]]:
-        """The engine's name of each volume by its compose key."""
+    def _volumes(self, images: Sequence[Image]) -> dict[str, pulumi.Input[str]]:
+        """The engine's name of each volume by its compose key.
+
+        Volumes wait for the images too, but do not depend on them: what a protected resource depends on is kept
+        with it when everything else is destroyed.
+        """
+
+        async def after_images(name: str) -> str:
+            for image in images:
+                await image.image_id.future()
+            return name
+
         names: dict[str, pulumi.Input[str]] = {}
         for key, volume in sorted(self._args.project.volumes.items()):
             engine = engine_name(self._name, key, volume)
@@ -168,13 +179,13 @@ class Environment(pulumi.ComponentResource):
             names[key] = Volume(
                 f"{self._name}-{key}",
                 VolumeArgs(
-                    name=engine,
+                    name=pulumi.Output.from_input(after_images(engine)),
                     environment=self._name,
                     tier=self._args.tier,
                     driver_opts=volume.driver_opts,
                     labels=volume.labels,
                 ),
-                opts=opts,
+                opts=pulumi.ResourceOptions(parent=self),
             ).volume_name
         return names
 
@@ -241,6 +252,7 @@ class Environment(pulumi.ComponentResource):
                 image_id=image.image_id,
                 cgroup_parent=self._args.cgroup_parent,
                 cgroup_version=self._args.cgroup_version,
+                host=self._args.host,
                 attachments=[
                     Attachment(networks[network], attachment.aliases, attachment.ipv4_address)
                     for network, attachment in sorted(service.networks.items())

@@ -13,6 +13,7 @@ import pulumi_docker as docker
 
 from components.files import File, Files, FilesArgs, uploads
 from components.labels import label_inputs, labels
+from settings import host
 from settings.ledger import Tier
 from settings.model import Healthcheck, Mount, seconds
 from settings.model import Service as ComposeService
@@ -25,6 +26,22 @@ DROPPED_CAPABILITIES = ("AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP",
 NO_NEW_PRIVILEGES = "no-new-privileges"
 # Compose's default between the stop signal and the kill, in seconds.
 STOP_GRACE = 10
+# The provider records a change of these, or of a field inside them, as an update and leaves the container as it is.
+NEVER_UPDATED = (
+    "capabilities",
+    "devices",
+    "healthcheck",
+    "hosts",
+    "init",
+    "labels",
+    "mounts",
+    "networks_advanced",
+    "ports",
+    "tmpfs",
+    "ulimits",
+    "uploads",
+    "volumes",
+)
 # Without rotation one chatty container fills the disk that all environments share.
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
 # Docker's own defaults of a healthcheck.
@@ -47,7 +64,8 @@ class ServiceArgs:
     `image_id`: an id or a digest. `cgroup_parent`: the environment's slice. `volumes`: the engine's names of the
     volumes that the service's mounts name. `variables`: the container's environment. `modes`: `network`, `pid` and
     `ipc` modes where the service sets them. `runs_to_completion`: others wait for its successful end.
-    `cgroup_version`: of the host: a memory reservation protects under 2 and harms under 1.
+    `cgroup_version`: of the host: a memory reservation protects under 2 and harms under 1. `host`: the engine's
+    address, where a container that does not become healthy is stopped.
     """
 
     environment: str
@@ -63,6 +81,7 @@ class ServiceArgs:
     modes: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     runs_to_completion: bool = False
     cgroup_version: pulumi.Input[int] = 1
+    host: str | None = None
 
 
 class Service(pulumi.ComponentResource):
@@ -75,6 +94,7 @@ class Service(pulumi.ComponentResource):
     def __init__(self, name: str, args: ServiceArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Service", name, None, opts)
         files = self._files(name, args)
+        failed = pulumi.ErrorHook(f"{name}-failed", lambda failure: stop_failed(failure, args))
         kwargs = container_args(args, files.mounts if files else ())
         containers = [
             docker.Container(
@@ -84,6 +104,8 @@ class Service(pulumi.ComponentResource):
                     parent=self,
                     depends_on=[files] if files else [],
                     delete_before_replace=not starts_first(args.service),
+                    replace_on_changes=list(NEVER_UPDATED),
+                    hooks=pulumi.ResourceHookBinding(on_error=[failed]),
                 ),
             )
             for number in range(1, args.service.deploy.replicas + 1)
@@ -110,6 +132,24 @@ class Service(pulumi.ComponentResource):
                 f"(depends_on: service_completed_successfully). Read its output: docker logs {name}-1-…"
             )
         return self
+
+
+def stop_failed(failure: pulumi.ErrorHookArgs, args: ServiceArgs) -> bool:
+    """Stops a new container that failed, and tells why it did. False: the deploy does not try again.
+
+    The new one answers to the service's name from its start. Left running beside the old one, it would get half of
+    the requests although it is not healthy.
+    """
+    name = (failure.new_inputs or {}).get("name")
+    if failure.failed_operation != "create" or not isinstance(name, str):
+        return False
+    if ended := host.stop_failed(name, args.host):
+        before = "What ran before it still does." if starts_first(args.service) else "What ran before it is gone."
+        pulumi.log.error(
+            f"{name} did not become healthy and was stopped. {before} Fix: correct the service and deploy again. "
+            f"Its healthcheck said: {ended.health or 'nothing'}\nIts last output:\n{ended.log}"
+        )
+    return False
 
 
 def starts_first(service: ComposeService) -> bool:

@@ -17,7 +17,7 @@ from settings.ledger import Tier
 class VolumeArgs:
     """A volume. `name`: the engine's name for it. `driver_opts`: options of the `local` driver."""
 
-    name: str
+    name: pulumi.Input[str]
     environment: str
     tier: Tier
     driver_opts: Mapping[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 CONNECT_SECONDS = 2
 ANSWER_SECONDS = 10
 REGISTRY_SECONDS = 30
+LOG_LINES = 20
 
 
 class HostFacts(Frozen):
@@ -145,6 +146,33 @@ def _ssh(url: str, command: Sequence[str]) -> str:
 
 def _error(url: str, problem: str, remedy: str) -> SettingsError:
     return SettingsError(file="Docker engine", key="address", value=url, problem=problem, remedy=remedy)
+
+
+class Ended(Frozen):
+    """A container that was stopped: what its healthcheck and its log said last."""
+
+    name: str
+    health: str
+    log: str
+
+
+def stop_failed(name: str, docker_host: str | None = None) -> Ended | None:
+    """Stops a container that did not become healthy, so that no name of a service leads to it any more.
+
+    None if it is not there, or the engine does not answer, or is on another machine (which has to be asked by hand).
+    """
+    url = address(docker_host)
+    if not url.startswith("unix://"):
+        return None
+    try:
+        with closing(docker.DockerClient(base_url=url, version="auto", timeout=REGISTRY_SECONDS)) as client:
+            container = client.containers.get(name)
+            checks = (container.attrs["State"].get("Health") or {}).get("Log") or [{}]
+            log = container.logs(tail=LOG_LINES).decode(errors="replace")
+            container.stop()
+    except (DockerException, RequestException):
+        return None
+    return Ended(name=name, health=str(checks[-1].get("Output", "")).strip(), log=log.strip())
 
 
 def missing_images(images: Sequence[str], docker_host: str | None = None) -> dict[str, str]:

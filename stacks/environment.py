@@ -36,6 +36,7 @@ def build() -> Environment:
             cgroup_parent=mine["cgroup_parent"],
             cgroup_version=engine["cgroup_version"],
             legacy_builder=engine["legacy_builder"],
+            host=ledger.host,
             variables={
                 **os.environ,
                 **settings.variables,
