@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import deploy, doctor, order, plan
-from cli.pulumi import Pulumi
+from cli import deploy, diagram, doctor, order, plan
+from cli.pulumi import Pulumi, PulumiError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +74,20 @@ def show_doctor(
     else:
         console.print(doctor.table(lines))
     raise typer.Exit(doctor.exit_code(lines))
+
+
+@app.command(name="diagram")
+def draw_diagram(
+    path: Annotated[Path, typer.Argument(help="The SVG file to write.")] = ROOT / ".bulkhead" / "diagram.svg",
+) -> None:
+    """A picture of what is deployed: environments, networks and budgets, from the stacks' outputs."""
+    pulumi = Pulumi.of(ROOT)
+    deployed = [name for name, resources in pulumi.stacks().items() if resources]
+    if order.HOST not in deployed:
+        raise PulumiError("Nothing is deployed, so there is nothing to draw. Next step: make up")
+    told = {name: pulumi.outputs(name) for name in order.read(ROOT).names if name in deployed}
+    diagram.write({name: outputs for name, outputs in told.items() if outputs}, path)
+    console.print(f"Written: {path}", highlight=False)
 
 
 @app.command(

@@ -48,7 +48,7 @@ def render(outputs: Mapping[str, Any]) -> graphviz.Digraph:
     picture = graphviz.Digraph(
         "bulkhead",
         graph_attr={"rankdir": "TB", "fontname": FONT, "bgcolor": "white", "pad": "0.15", "nodesep": "0.25"}
-        | {"ranksep": "0.16", "newrank": "true", "compound": "true", "tooltip": "What is deployed"},
+        | {"ranksep": "0.16", "tooltip": "What is deployed"},
         node_attr={"shape": "plain", "fontname": FONT, "fontsize": "10", "fontcolor": TEXT},
         edge_attr={"style": "invis"},
     )
@@ -224,7 +224,7 @@ def doors(endpoints: Sequence[Mapping[str, Any]], order: Sequence[str], colours:
         )
         for number, name in enumerate(order)
     ]
-    return table(rows_of(tags, ACROSS), CELLSPACING="5")
+    return table(rows_of(tags), CELLSPACING="5")
 
 
 def address(endpoint: Mapping[str, Any]) -> str:
@@ -239,8 +239,8 @@ def contents(told: Mapping[str, Any], environment: Environment, published: Seque
     order = sorted(told["services"], key=lambda name: (name not in published, name))
     services = [service(name, told["services"][name], f"s{number}") for number, name in enumerate(order)]
     networks = [network(name, one) for name, one in sorted(told["networks"].items())]
-    kept = "kept by make down" if environment.tier is Tier.PROTECTED else "removed by make down"
-    volumes = [box(name, [kept], BORDER="1", SIDES="LRB") for name in told["volumes"]]
+    kept = ["kept by make down"] if environment.tier is Tier.PROTECTED else []
+    volumes = [box(name, kept, BORDER="1", HEIGHT="32", SIDES="LRB") for name in told["volumes"]]
     named = {"services": services, "networks": networks, "volumes": volumes}
     return {part: section(part, cells) for part, cells in named.items() if cells}
 
@@ -274,7 +274,7 @@ def box(name: str, lines: Iterable[str], **attributes: str) -> str:
 def section(title: str, cells: Sequence[str]) -> str:
     """A captioned grid of cells."""
     caption = cell(small(title, 9), COLSPAN=str(ACROSS), ALIGN="LEFT", BORDER="0")
-    return table([[caption], *rows_of(cells, ACROSS)], CELLSPACING="5")
+    return table([[caption], *rows_of(cells)], CELLSPACING="5")
 
 
 def legend() -> str:
@@ -291,11 +291,11 @@ def legend() -> str:
     return table([[cell(one) for one in [system, *tiers, *health]]], CELLSPACING="12")
 
 
-def rows_of(cells: Sequence[str], across: int) -> Iterator[list[str]]:
+def rows_of(cells: Sequence[str]) -> Iterator[list[str]]:
     """The cells in rows, the last one filled up so that columns keep their width."""
-    for start in range(0, len(cells), across):
-        row = list(cells[start : start + across])
-        yield row + [cell("", BORDER="0", WIDTH=str(CELL))] * (across - len(row))
+    for start in range(0, len(cells), ACROSS):
+        row = list(cells[start : start + ACROSS])
+        yield row + [cell("", BORDER="0", WIDTH=str(CELL))] * (ACROSS - len(row))
 
 
 def table(rows: Iterable[Iterable[str]], **attributes: str) -> str:
@@ -321,10 +321,12 @@ def font(text: str, colour: str, points: int = 10) -> str:
 
 
 def bold(text: str, points: int, colour: str = TEXT) -> str:
+    """A name that stands out."""
     return f"<B>{font(text, colour, points)}</B>"
 
 
 def small(text: str, points: int = 10) -> str:
+    """What is said about it."""
     return font(text, FAINT, points)
 
 

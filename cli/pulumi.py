@@ -233,6 +233,10 @@ class Pulumi:
         state = json.loads(self._answer("stack", "export", "--stack", stack))
         return list(state["deployment"].get("resources") or [])
 
+    def outputs(self, stack: str) -> dict[str, Any]:
+        """The outputs of an existing stack, as docs/outputs.schema.json describes them."""
+        return dict(json.loads(self._answer("stack", "output", "--json", "--stack", stack)))
+
     def disk_is_full(self) -> bool:
         """Whether the state's disk has no room for another checkpoint."""
         folder = backend_folder(self.variables.get("PULUMI_BACKEND_URL", ""))

@@ -6,6 +6,7 @@ this: its files are uploaded into its own containers.
 """
 
 import hashlib
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,6 +16,7 @@ import pulumi
 import pulumi_docker as docker
 
 from components.labels import FILES, label_inputs, labels
+from components.secret import Secret, SecretArgs
 from settings.ledger import Tier
 
 
@@ -53,7 +55,9 @@ class Files(pulumi.ComponentResource):
         super().__init__("bulkhead:index:Files", name, None, opts)
         child = pulumi.ResourceOptions(parent=self, delete_before_replace=False)
         own = labels(args.environment, args.tier, args.service)
-        content = digest(args.files)
+        # Salted: a label may be read by more than the secret may, and a weak secret is guessed from its hash.
+        salt = Secret(f"{name}-salt", SecretArgs(tier=Tier.BEST_EFFORT, generate=16), opts=child).value
+        content = digest(args.files, salt)
         volumes = {
             folder: docker.Volume(
                 f"{name}-{number}",
@@ -99,13 +103,12 @@ def folders(files: Sequence[File]) -> list[str]:
     return found
 
 
-def digest(files: Sequence[File]) -> pulumi.Output[str]:
-    """12 hex digits over all targets, owners and contents; secret, as the contents are."""
+def digest(files: Sequence[File], salt: pulumi.Input[str]) -> pulumi.Output[str]:
+    """12 hex digits over all targets, owners and contents, keyed with `salt`."""
     ordered = sorted(files, key=lambda file: file.target)
-    return pulumi.Output.all(*[file.content for file in ordered]).apply(
-        lambda contents: hashlib.sha256(
-            repr([(f.target, f.mode, f.uid, f.gid, c) for f, c in zip(ordered, contents, strict=True)]).encode()
-        ).hexdigest()[:12]
+    places = [(file.target, file.mode, file.uid, file.gid) for file in ordered]
+    return pulumi.Output.all(salt, *[file.content for file in ordered]).apply(
+        lambda known: hmac.new(known[0].encode(), repr((places, known[1:])).encode(), hashlib.sha256).hexdigest()[:12]
     )
 
 
