@@ -81,6 +81,7 @@ def test_every_fixture_is_of_a_rule_and_no_id_is_taken_twice() -> None:
 def test_verdict(rule_id: str, case: Case, tmp_path: Path) -> None:
     found = [one for one in judged(case, tmp_path) if one.rule not in case.also]
     assert {one.rule for one in found} == ({rule_id} if case.violates else set())
+    assert len(found) == len(set(found)), "said twice: alone and with the whole stack"
     assert {one.resource for one in found if one.rule == rule_id} == case.violates
 
 

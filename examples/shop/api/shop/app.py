@@ -92,9 +92,7 @@ def delete_cart(cart_id: str) -> Answer:
 
 
 def products() -> Answer:
-    return jsonify(
-        products=[{"sku": sku, "price_cents": price} for sku, price in catalogue.CATALOGUE.items()]
-    )
+    return jsonify(products=[{"sku": sku, "price_cents": price} for sku, price in catalogue.CATALOGUE.items()])
 
 
 def healthz() -> Answer:
