@@ -195,6 +195,18 @@ def swap(meminfo: str) -> Line:
     )
 
 
+def live_restore(facts: HostFacts) -> Line:
+    """Whether services outlive a restart of the engine."""
+    if facts.live_restore:
+        return Line("live-restore", Status.OK, "on: services go on while the engine restarts")
+    return Line(
+        "live-restore",
+        Status.WARN,
+        "off: an engine that crashes leaves services with restart: unless-stopped stopped",
+        'Write {"live-restore": true} to /etc/docker/daemon.json, then systemctl reload docker.',
+    )
+
+
 def free_disk(facts: HostFacts) -> Line:
     found = f"{shown('disk', facts.disk_free)} of {shown('disk', facts.disk)} free for {facts.data_root}"
     if facts.disk_free >= LOW_DISK * facts.disk:
@@ -307,6 +319,7 @@ def examine(root: Path) -> list[Line]:
         return [*lines, Line("Docker engine", Status.MISSING, str(error), error.remedy)]
     lines.append(Line("Docker engine", Status.OK, f"{facts.address} ({facts.system}, kernel {facts.kernel})"))
     lines += engine_version(facts.server_version, _runs("firewalld") if facts.local else None)
+    lines.append(live_restore(facts))
     lines += cgroups(facts, controllers() if facts.local else None)
     if facts.local:
         under = disks(Path(facts.data_root)) if os.access(facts.data_root, os.X_OK) else []

@@ -46,6 +46,7 @@ class Places:
     pid_file: Path = Path("/var/run/docker.pid")
     exec_root: Path = Path("/var/run/docker")
     data_root: Path = Path("/var/lib/docker")
+    settings: Path = Path("/etc/docker/daemon.json")
     options: tuple[str, ...] = ()
 
     @property
@@ -204,6 +205,18 @@ def _listened(file: Path) -> bool:
     return True
 
 
+def keep_containers(places: Places, say: Say) -> None:
+    """Turns live-restore on, unless the user has settings of their own.
+
+    Without it an engine that comes back after a crash first stops the containers that it finds running, takes that
+    for a wish of the user's (moby: HasBeenManuallyStopped), and leaves `restart: unless-stopped` services stopped.
+    """
+    if not places.settings.exists():
+        say(f"Writing {places.settings}: live-restore, so that services outlive a restart of the engine")
+        places.settings.parent.mkdir(parents=True, exist_ok=True)
+        places.settings.write_text('{"live-restore": true}\n')
+
+
 def start(places: Places, say: Say) -> None:
     """Start dockerd by hand and wait until it answers; nothing to do if one answers already.
 
@@ -283,7 +296,10 @@ def _log_end(log: Path) -> str:
 
 
 def stop(places: Places, say: Say) -> None:
-    """Stop the engine that `start` started, and no other; containers stop with it. EngineError if it will not end."""
+    """Stop the engine that `start` started, and no other. EngineError if it will not end.
+
+    Containers go on where its settings have live-restore, else they stop with it.
+    """
     pid = runs(places.own_pid, "dockerd")
     if pid is None:
         places.own_pid.unlink(missing_ok=True)

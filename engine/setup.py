@@ -303,6 +303,8 @@ def docker_install(machine: Machine) -> None:
             f"No Docker engine answers at {machine.docker_host}, which DOCKER_HOST or bulkhead:host names. "
             f"Next step: start it, or unset that to use {DEFAULT_HOST}."
         )
+    if os.geteuid() == 0:
+        dockerd.keep_containers(machine.places, say)  # before the package starts the engine
     if shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") is None:
         apt_install("docker.io", size=GIB)
     if dockerd.answers(machine.places.socket):

@@ -36,7 +36,7 @@ from settings.model import (
     known_keys,
 )
 from settings.remedies import LOST, REMEDIES
-from settings.sources import EXTENSION, Sources
+from settings.sources import CONFIDENTIAL, EXTENSION, Sources
 
 __all__ = [
     "SECRET_PLACEHOLDER",
@@ -71,7 +71,6 @@ SECRET_PLACEHOLDER = "bulkhead-secret:{name}:"  # noqa: S105 - not a secret, wha
 
 _PLACEHOLDER = re.compile(r"bulkhead-secret:([^:]*):")
 _SECTIONS = ("services", "networks", "volumes", "secrets", "configs")
-_NOT_SHOWN = frozenset({"environment", "args", "labels", "content"})  # values that may be confidential
 
 
 def project_name(environment: str) -> str:
@@ -280,7 +279,7 @@ def _fault(sources: Sources, loc: Loc, problem: str, remedy: str, value: Any = N
     """An error at `loc`; its value is shown if it is plain and cannot be confidential."""
     written = tuple(EXTENSION if part == "x_bulkhead" else part for part in loc)
     service = str(loc[1]) if loc[0] == "services" and len(loc) > 1 else None
-    shown = isinstance(value, str | int | float) and not _NOT_SHOWN.intersection(loc)
+    shown = isinstance(value, str | int | float) and not CONFIDENTIAL.intersection(loc)
     return SettingsError(
         file=sources.at(written),
         service=service,

@@ -223,13 +223,15 @@ def _placed(known: Refusal, said: dict[str, str], sources: Sources) -> SettingsE
         said["value"] = _from_smallest(cycle)
         loc = ("services", said["value"].split(" -> ")[0], known.key)
         service = str(loc[1])
+    # What stands under a misspelt key is not shown: it may be a password.
+    value = said.get("value", None if "unknown" in said else sources.scalar(loc))
     return SettingsError(
         file=sources.mentions(re.escape(Path(said["missing"]).name)) if "missing" in said else sources.at(loc),
         service=service,
         key=dotted(loc[2:] if service else loc) or known.key,
         problem=known.problem.format(**said),
         remedy=remedy,
-        **({"value": said["value"]} if "value" in said else {}),
+        **({"value": value} if value is not None else {}),
     )
 
 

@@ -38,6 +38,7 @@ class HostFacts(Frozen):
     cgroup_driver: str
     cgroup_version: int
     security_options: tuple[str, ...]
+    live_restore: bool
     kernel: str
     system: str
 
@@ -82,6 +83,7 @@ def facts(docker_host: str | None = None) -> HostFacts:
             cgroup_driver=info["CgroupDriver"],
             cgroup_version=int(info.get("CgroupVersion") or 1),
             security_options=tuple(info.get("SecurityOptions") or ()),
+            live_restore=bool(info.get("LiveRestoreEnabled")),
             kernel=info["KernelVersion"],
             system=info["OperatingSystem"],
         )

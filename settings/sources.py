@@ -12,6 +12,10 @@ from settings.yamlfile import Loader, YamlFile
 EXTENSION = "x-bulkhead"
 
 
+CONFIDENTIAL = frozenset({"environment", "args", "labels", "content"})
+"""Keys whose values a message must not repeat."""
+
+
 class Sources:
     """Where keys stand, over all files. Later files override earlier ones, so they are looked at first.
 
@@ -35,6 +39,12 @@ class Sources:
                 if keys[:length] in file.lines:
                     return file.at(keys[:length])
         return self.names
+
+    def scalar(self, loc: Loc) -> str | None:
+        """The value at `loc` as the last file that has it writes it; None for one that may be confidential."""
+        if CONFIDENTIAL & set(loc):
+            return None
+        return next((value for file in self._files if (value := file.scalar(loc)) is not None), None)
 
     def written(self) -> set[Loc]:
         """The path of every key, over all files."""

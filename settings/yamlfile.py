@@ -33,6 +33,18 @@ class YamlFile:
         except yaml.YAMLError as error:
             raise _syntax_error(self.name, error) from None
 
+    def scalar(self, loc: Loc) -> str | None:
+        """The plain value at `loc` as it is written; None if there is none, or a list or mapping."""
+        node = self._root
+        for part in loc:
+            if isinstance(node, yaml.MappingNode):
+                node = next((value for key, value in node.value if key.value == part), None)
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+            else:
+                return None
+        return str(node.value) if isinstance(node, yaml.ScalarNode) else None
+
     def at(self, loc: Loc) -> str:
         """`name:line` of the key at `loc`, or of its nearest written parent; the bare name if none is written."""
         for length in range(len(loc), 0, -1):

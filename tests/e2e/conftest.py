@@ -5,8 +5,6 @@ with their labels is removed at the end, also when a test fails.
 """
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +14,9 @@ import docker
 import pytest
 import yaml
 
-CHECKOUT = Path(__file__).parents[2]
-LABEL = "bulkhead.environment"
-PROD, DEV, STAGING = "e2e-prod", "e2e-dev", "e2e-staging"
+from tests.deployed import LABEL, copied, isolated, labelled, removed
+
+PROD, DEV, STAGING = ENVIRONMENTS = "e2e-prod", "e2e-dev", "e2e-staging"
 PORTS = {PROD: "18080", DEV: "18081"}
 LEDGER: dict[str, Any] = {
     "bulkhead:system": {"cpus": "5%", "memory": "10%"},
@@ -43,9 +41,7 @@ class Deployment:
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.folder = folder
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PULUMI_", "BULKHEAD_"))
-        } | {"XDG_STATE_HOME": str(state), "CI": "true"}
+        self.environment = isolated(state)
 
     def make(self, target: str, stack: str = "", args: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         """`make target ENV=stack ARGS=args`, with its output as text. Bounded, so that a hang is a failure."""
@@ -81,24 +77,6 @@ class Deployment:
         path.write_text(yaml.safe_dump(document, sort_keys=False))
 
 
-def copied(folder: Path) -> None:
-    """The files of this checkout, and its installed tools as links."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=CHECKOUT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        source, target = CHECKOUT / name, folder / name
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
-    for tools in (".venv", ".bulkhead"):
-        (folder / tools).symlink_to(CHECKOUT / tools)
-
-
 @pytest.fixture(scope="session")
 def engine() -> docker.DockerClient:
     """The engine that the suite deploys to."""
@@ -107,15 +85,8 @@ def engine() -> docker.DockerClient:
 
 def ours(engine: docker.DockerClient, environment: str | None = None) -> Mapping[str, list[Any]]:
     """Everything on the engine that carries a label of the suite's environments (or of one of them)."""
-    names = [environment] if environment else [PROD, DEV, STAGING]
-    found: dict[str, list[Any]] = {"containers": [], "networks": [], "volumes": [], "images": []}
-    for name in names:
-        labelled: dict[str, Any] = {"label": f"{LABEL}={name}"}
-        found["containers"] += engine.containers.list(all=True, filters=labelled)
-        found["networks"] += engine.networks.list(filters=labelled)
-        found["volumes"] += engine.volumes.list(filters=labelled)
-        found["images"] += [image for image in engine.images.list(filters=labelled) if image.tags]
-    return found
+    names = [environment] if environment else ENVIRONMENTS
+    return labelled(engine, [f"{LABEL}={name}" for name in names])
 
 
 def running(engine: docker.DockerClient, environment: str) -> list[Any]:
@@ -123,34 +94,10 @@ def running(engine: docker.DockerClient, environment: str) -> list[Any]:
     return [one for one in ours(engine, environment)["containers"] if "bulkhead.files" not in one.labels]
 
 
-def groups(environment: str) -> list[Path]:
-    """The environment's cgroups, in whichever hierarchies they are."""
-    return [path for path in Path("/sys/fs/cgroup").rglob(f"bulkhead-{environment}") if path.is_dir()]
-
-
-def removed(engine: docker.DockerClient) -> None:
-    """Removes what the suite's environments have left on the engine and in the cgroup tree."""
-    left = ours(engine)
-    for container in left["containers"]:
-        container.remove(force=True, v=True)
-    for network in left["networks"]:
-        network.remove()
-    for volume in left["volumes"]:
-        volume.remove(force=True)
-    for image in left["images"]:
-        for tag in image.tags:
-            engine.images.remove(tag, force=True)
-    for environment in (PROD, DEV, STAGING):
-        for group in groups(environment):
-            for inner in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
-                inner.rmdir()
-            group.rmdir()
-
-
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
     """A project with host, e2e-prod and e2e-dev, not yet deployed; all of it is gone afterwards."""
-    removed(engine)
+    removed(engine, ENVIRONMENTS)
     folder, state = tmp_path_factory.mktemp("bulkhead"), tmp_path_factory.mktemp("state")
     copied(folder)
     for stack in ("prod", "dev"):
@@ -166,4 +113,4 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerCl
     try:
         yield made
     finally:
-        removed(engine)
+        removed(engine, ENVIRONMENTS)

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from engine import dockerd
-from tests.e2e.conftest import CHECKOUT, DEV, LEDGER, PORTS, PROD, STAGING, Deployment, groups, ours, running
+from tests.deployed import CHECKOUT, groups
+from tests.e2e.conftest import DEV, LEDGER, PORTS, PROD, STAGING, Deployment, ours, running
 
 pytestmark = pytest.mark.e2e
 
@@ -202,7 +203,7 @@ def dev_on_prods_volume(_: docker.DockerClient) -> dict[str, Any]:
 
 BAD_CHANGES: dict[str, tuple[str, Callable[[docker.DockerClient], dict[str, Any]], str]] = {
     "dev attached to prod's network": (DEV, dev_on_prods_network, f"{PROD}-backend"),
-    "dev in a prod container's network": (DEV, dev_in_prods_container, "container:"),
+    "dev in a prod container's network": (DEV, dev_in_prods_container, "networkMode"),
     "dev mounting prod's volume": (DEV, dev_on_prods_volume, f"{PROD}-db-data"),
     "a prod service with a cpus limit": (
         PROD,
@@ -372,7 +373,12 @@ def test_another_environment_of_the_ledger_needs_only_its_settings(
     containers: dict[str, list[Any]] = {}
     for container in running(engine, STAGING):
         containers.setdefault(container.labels["bulkhead.service"], []).append(container)
-    assert {service: len(found) for service, found in containers.items()} == {"replicated": 3, "sidecar": 1, "once": 1}
+    assert {service: len(found) for service, found in containers.items()} == {
+        "replicated": 3,
+        "named": 1,
+        "sidecar": 1,
+        "once": 1,
+    }
     one = containers["replicated"][0]
     assert one.exec_run(["cat", "/etc/app.conf"]).output == b"greeting = hello\n"
     assert one.exec_run(["stat", "-c", "%a %u", "/run/secrets/token"]).output == b"400 1000\n"

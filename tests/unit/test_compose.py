@@ -283,15 +283,15 @@ REFUSED = {
     ),
     "a value of the wrong kind": (
         WEB + "    ports: 80\n",
-        "compose.yaml:4: service web: ports: must be a list. Correct the value.",
+        "compose.yaml:4: service web: ports: '80': must be a list. Correct the value.",
     ),
     "a memory size that is none": (
         WEB + "    deploy: {resources: {limits: {memory: 12XB}}}\n",
-        "compose.yaml:4: service web: deploy.resources.limits.memory: invalid suffix: 'xb'. Correct the value.",
+        "compose.yaml:4: service web: deploy.resources.limits.memory: '12XB': invalid suffix: 'xb'. Correct the value.",
     ),
     "a number that is none": (
         WEB + "    deploy: {replicas: many}\n",
-        'compose.yaml:4: service web: deploy.replicas: strconv.Atoi: parsing "many": invalid syntax. '
+        "compose.yaml:4: service web: deploy.replicas: 'many': strconv.Atoi: parsing \"many\": invalid syntax. "
         "Correct the value.",
     ),
     "a service without image and build": (
@@ -345,12 +345,12 @@ REFUSED = {
     ),
     "a required variable without a value": (
         WEB + '    hostname: "${NOT_SET_HERE:?name the host}"\n',
-        "compose.yaml:4: service web: hostname: variable NOT_SET_HERE has no value: name the host. "
-        "Set it under bulkhead:variables, or in the environment.",
+        "compose.yaml:4: service web: hostname: '${NOT_SET_HERE:?name the host}': variable NOT_SET_HERE has "
+        "no value: name the host. Set it under bulkhead:variables, or in the environment.",
     ),
     "a variable that cannot be read": (
         WEB + '    hostname: "${NAME"\n',
-        "compose.yaml:4: service web: hostname: not a variable that Compose can read. "
+        "compose.yaml:4: service web: hostname: '${NAME': not a variable that Compose can read. "
         "Write ${NAME} or ${NAME:-default}, and $$ for a dollar sign.",
     ),
     "a build context that is not there": (
@@ -413,7 +413,7 @@ REFUSED = {
     ),
     "a value that is none of those allowed": (
         WEB + "    deploy: {update_config: {order: sideways}}\n",
-        "compose.yaml:4: service web: deploy.update_config.order: must be one of the "
+        "compose.yaml:4: service web: deploy.update_config.order: 'sideways': must be one of the "
         'following: "start-first", "stop-first". Correct the value.',
     ),
     "an entry of a list that is none": (

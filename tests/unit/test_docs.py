@@ -219,6 +219,7 @@ FACTS = HostFacts(
     cgroup_driver="systemd",
     cgroup_version=2,
     security_options=(),
+    live_restore=True,
     kernel="6.1.0",
     system="Debian GNU/Linux 12 (bookworm)",
 )

@@ -27,6 +27,7 @@ FACTS = HostFacts(
     cgroup_driver="systemd",
     cgroup_version=2,
     security_options=(),
+    live_restore=True,
     kernel="6.1",
     system="Debian",
 )
@@ -303,3 +304,9 @@ def test_a_remote_machine_that_does_not_answer_is_explained(tmp_path: Path, monk
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(SettingsError, match=r"Permission denied.*ssh ssh://me@box docker info"):
         host.facts("ssh://me@box")
+
+
+def test_an_engine_that_takes_its_services_down_with_it_is_a_warning() -> None:
+    assert doctor.live_restore(FACTS).status is Status.OK
+    line = doctor.live_restore(FACTS.model_copy(update={"live_restore": False}))
+    assert (line.status, "daemon.json" in line.remedy) == (Status.WARN, True)

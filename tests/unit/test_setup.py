@@ -1,6 +1,7 @@
 """Set-up: what is missing, what is said, and the Docker engine that a killed one must not keep from starting.
 A stand-in `dockerd` in a temporary folder plays the engine; nothing here touches the machine's own."""
 
+import json
 import os
 import shutil
 import socket
@@ -298,6 +299,18 @@ def at(root: Path, host: str = "unix:///var/run/docker.sock") -> Machine:
 def test_an_engine_elsewhere_is_never_installed_or_started(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"unset that to use"):
         setup.docker_install(at(tmp_path, f"unix://{tmp_path}/none.sock"))
+
+
+def test_services_outlive_a_restart_of_the_engine_and_a_users_own_settings_are_kept(tmp_path: Path) -> None:
+    places = Places(own=tmp_path, settings=tmp_path / "docker" / "daemon.json")
+    said: list[str] = []
+    dockerd.keep_containers(places, said.append)
+    assert json.loads(places.settings.read_text()) == {"live-restore": True}
+    assert "live-restore" in said[0]
+    places.settings.write_text("{}")
+    dockerd.keep_containers(places, said.append)
+    assert places.settings.read_text() == "{}"
+    assert len(said) == 1
 
 
 def test_a_silent_remote_engine_is_explained(tmp_path: Path, path: Path) -> None:
