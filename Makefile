@@ -81,7 +81,7 @@ bench: setup ## Deploys as ratios to plain Pulumi and Compose, previews at 10, 1
 engine-start: ## Start a Docker engine if none answers
 	@$(SETUP) engine-start
 
-engine-stop: ## Stop the Docker engine that set-up started by hand, and no other
+engine-stop: ## Stop the Docker engine that set-up started by hand, and no other; containers go on
 	@$(SETUP) engine-stop
 
 clean: ## Remove what set-up made in the checkout (not the state, not what is deployed)
