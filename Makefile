@@ -46,8 +46,8 @@ pulumi: ## Pulumi itself in this project: make pulumi ARGS='stack output --stack
 	@$(SETUP) preview
 	@$(CLI) pulumi $(ARGS)
 
-diagram: ## A picture of the deployed environments, networks and budgets
-	@$(SETUP) preview
+diagram: ## A picture of the deployed environments, networks and budgets: make diagram ARGS=picture.svg
+	@$(SETUP) diagram
 	@$(CLI) diagram $(ARGS)
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine

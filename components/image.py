@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pulumi
 import pulumi_docker as docker
-from docker.utils.build import exclude_paths
 
 from components.labels import labels
 from settings.compose import Build
@@ -72,6 +71,8 @@ class Image(pulumi.ComponentResource):
 
 def content_hash(build: Build) -> str:
     """12 hex digits over all that decides the result of a build: context (less .dockerignore), file, arguments."""
+    from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
+
     context = Path(build.context)
     ignore = context / ".dockerignore"
     patterns = ignore.read_text().splitlines() if ignore.is_file() else []

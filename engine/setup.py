@@ -355,6 +355,10 @@ def base_image_install(machine: Machine) -> None:
 # --- The table -----------------------------------------------------------------------------------------------
 
 
+def graphviz_missing(_: Machine) -> str | None:
+    return None if shutil.which("dot") else "no `dot`"
+
+
 @dataclass(frozen=True)
 class Step:
     """`missing` is cheap and says what will be installed, or None if it is there; `install` does it."""
@@ -375,12 +379,14 @@ STEPS = {
     "pulumi": Step("Pulumi, its plugins and Compose", pulumi_missing, pulumi_install),
     "docker": Step("Docker engine", docker_missing, docker_install),
     "base-image": Step("Base image", base_image_missing, base_image_install),
+    "graphviz": Step("Graphviz, which draws the diagram", graphviz_missing, lambda _: apt_install("graphviz")),
 }
 
 COMMANDS: Mapping[str, Sequence[str]] = {
     "up": ("packages", "project", "pulumi", "docker", "base-image"),
     "preview": ("packages", "project", "pulumi"),  # works with the engine out of reach, as in a pull request
-    "test": ("packages", "tools", "project", "pulumi", "docker", "base-image"),
+    "test": ("packages", "tools", "project", "pulumi", "docker", "base-image", "graphviz"),
+    "diagram": ("packages", "project", "pulumi", "graphviz"),
     "lint": ("packages", "tools", "project"),
     "plan": ("packages", "project"),
     "engine-start": ("docker",),
@@ -410,7 +416,7 @@ def check(machine: Machine) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`setup.py up|preview|test|lint|plan|check|engine-start|engine-stop`."""
+    """`setup.py up|preview|test|diagram|lint|plan|check|engine-start|engine-stop`."""
     here = machine(ROOT, os.environ)
     command = arguments[0] if len(arguments) == 1 else ""
     try:

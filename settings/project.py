@@ -4,6 +4,7 @@ Also what only all environments together can tell: a port of the host that two o
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,17 @@ def _meets(one: PublishedPort, other: PublishedPort) -> bool:
 
 
 def check_ports(
-    ledger: Ledger | LedgerSettings, environment: str | None = None, folder: Path | None = None
+    ledger: Ledger | LedgerSettings, project: Project, folder: Path | None = None
 ) -> Mapping[PublishedPort, str]:
-    """`published_ports` over every environment of the ledger that has settings in the checkout.
+    """`published_ports` of `project` and of every other environment of the ledger with settings in the checkout.
 
-    With `environment`, the others' errors are left to their own deploys: a broken compose file of dev must
-    not keep prod from being deployed.
+    The others' errors are left to their own deploys: a broken compose file of dev must not keep prod from being
+    deployed.
     """
     folder = folder or root()
-    names = [name for name in ledger.environments if (folder / f"Pulumi.{name}.yaml").is_file()]
-    projects = []
-    for name in sorted(names, key=lambda name: (name == environment, name)):
-        try:
-            projects.append(read_project(read_environment(name, folder)))
-        except SettingsError:
-            if environment in {None, name}:
-                raise
+    projects = [project]
+    for name in ledger.environments:
+        if name != project.environment and (folder / f"Pulumi.{name}.yaml").is_file():
+            with suppress(SettingsError):
+                projects.append(read_project(read_environment(name, folder)))
     return published_ports(projects, ledger)

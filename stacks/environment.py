@@ -21,7 +21,7 @@ def build() -> Environment:
     promised = ledger.environment(name)
     settings = read_environment(name)
     project = read_project(settings)
-    check_ports(ledger, name)
+    check_ports(ledger, project)
     check_images(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     deployed = pulumi.StackReference("host", stack_name=host_stack())
@@ -44,9 +44,7 @@ def build() -> Environment:
             },
             secrets={} if secrets is None else {key: secrets[key] for key in settings.secret_names},
         ),
-        opts=pulumi.ResourceOptions(
-            providers=[docker.Provider("docker", host=host.address(ledger.host)), command.Provider("command")]
-        ),
+        opts=pulumi.ResourceOptions(providers=providers(project, ledger.host)),
     )
     pulumi.export("environment", name)
     pulumi.export("tier", str(promised.tier))
@@ -56,6 +54,12 @@ def build() -> Environment:
     pulumi.export("volumes", environment.volumes)
     pulumi.export("services", environment.services)
     return environment
+
+
+def providers(project: compose.Project, address: str | None) -> list[pulumi.ProviderResource]:
+    """The engine's provider, and the command provider where a secret or a salt has to be generated."""
+    engine = docker.Provider("docker", host=host.address(address))
+    return [engine, command.Provider("command")] if project.secrets or project.configs else [engine]
 
 
 def host_stack() -> str:

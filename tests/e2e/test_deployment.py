@@ -162,6 +162,18 @@ def test_outputs_are_what_the_schema_says(deployment: Deployment) -> None:
         jsonschema.validate(deployment.outputs(stack), schema | {"$ref": f"#/$defs/{kind}"})
 
 
+def test_plan_doctor_and_diagram_tell_what_there_is(deployment: Deployment, tmp_path: Path) -> None:
+    plan = deployment.done("plan")
+    assert PROD in plan
+    assert "memory" in plan
+    report = deployment.done("doctor")
+    for line in ("Docker version", "cgroup driver", "IO scheduler", "swap", "live-restore"):
+        assert line in report
+    picture = tmp_path / "picture.svg"
+    deployment.done("diagram", args=str(picture))
+    assert f"{PROD}-backend" in picture.read_text()
+
+
 def overlay(deployment: Deployment, stack: str, document: Mapping[str, Any]) -> None:
     """One more compose file on top of the stack's own."""
     name = "overlay.yaml"

@@ -1,7 +1,6 @@
 """The picture of a deployment: everything the outputs tell is in it, and nothing in it breaks the drawing."""
 
 import json
-import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,6 @@ def test_without_graphviz_the_next_step_is_named(monkeypatch: pytest.MonkeyPatch
         write(OUTPUTS, tmp_path / "picture.svg")
 
 
-@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
 def test_the_picture_is_as_wide_as_a_page(tmp_path: Path) -> None:
     crowded = environment("staging", "best-effort", DEV, 83, 8082)
     crowded["services"] |= {f"odd <name> {number}": service("odd", 1, "unchecked") for number in range(7)}

@@ -290,17 +290,21 @@ def test_whether_ports_meet_does_not_depend_on_the_order(drawn: list[tuple[int, 
 def test_ports_are_checked_across_the_environments_of_the_checkout(checkout: Path) -> None:
     (checkout / "compose.yaml").write_text(WEB + "    ports: ['8080:80']\n", encoding="utf-8")
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
-    assert check_ports(LEDGER, folder=checkout) == {("0.0.0.0", 8080, "tcp"): "prod/web"}
+    assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {("0.0.0.0", 8080, "tcp"): "prod/web"}
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "dev")
-    for asking, refused in (("prod", "prod/web publishes"), ("dev", "dev/web publishes"), (None, "prod/web publishes")):
+    for asking, refused in (("prod", "dev/web publishes"), ("dev", "prod/web publishes")):
         with pytest.raises(SettingsError, match=refused):
-            check_ports(LEDGER, asking, checkout)
+            check_ports(LEDGER, deploying(checkout, asking), checkout)
+
+
+def deploying(checkout: Path, environment: str) -> Project:
+    """The project whose deploy asks."""
+    return read_project(read_environment(environment, checkout))
 
 
 def test_a_broken_environment_does_not_keep_another_from_its_deploy(checkout: Path) -> None:
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
     settings(checkout, "  bulkhead:compose: [gone.yaml]\n", "dev")
-    assert check_ports(LEDGER, "prod", checkout) == {}
-    for asking in ("dev", None):
-        with pytest.raises(SettingsError, match=r"gone\.yaml does not exist"):
-            check_ports(LEDGER, asking, checkout)
+    assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {}
+    with pytest.raises(SettingsError, match=r"gone\.yaml does not exist"):
+        deploying(checkout, "dev")
