@@ -41,11 +41,13 @@ class Image(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: ImageArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Image", name, None, opts)
-        child = pulumi.ResourceOptions(parent=self)
         if args.build is not None:
-            self.reference = f"bulkhead/{args.environment}-{args.service}:{content_hash(args.build)}"
+            content = content_hash(args.build)
+            self.reference = f"bulkhead/{args.environment}-{args.service}:{content}"
+            # Another content is another resource: replacing one, the provider would delete the new image with the
+            # old, as both have the name. And the same content from another checkout's path is no change.
             remote = docker.RemoteImage(
-                f"{name}-build",
+                f"{name}-{content}",
                 name=self.reference,
                 build=docker.RemoteImageBuildArgs(
                     context=args.build.context,
@@ -58,12 +60,14 @@ class Image(pulumi.ComponentResource):
                     remove=True,
                     force_remove=True,
                 ),
-                opts=child,
+                opts=pulumi.ResourceOptions(parent=self, ignore_changes=["build"]),
             )
         else:
             self.reference = args.image or ""
             # Others may use it too: what we did not build we do not delete.
-            remote = docker.RemoteImage(f"{name}-pull", name=self.reference, keep_locally=True, opts=child)
+            remote = docker.RemoteImage(
+                f"{name}-pull", name=self.reference, keep_locally=True, opts=pulumi.ResourceOptions(parent=self)
+            )
         self.image_id = remote.image_id
         self.digest = pulumi.Output.all(remote.repo_digest, remote.image_id).apply(lambda ids: ids[0] or ids[1])
         self.register_outputs({"image_id": self.image_id, "digest": self.digest})

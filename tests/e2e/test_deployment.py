@@ -3,6 +3,7 @@ before it is applied; a bad release that leaves the old one running; an engine k
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -149,6 +150,16 @@ def test_the_secret_is_a_file_of_those_who_asked_and_in_no_plain_text(
 def test_a_second_up_changes_nothing(deployment: Deployment, engine: docker.DockerClient) -> None:
     before = fingerprint(engine)
     deployment.done("up")
+    assert fingerprint(engine) == before
+
+
+def test_the_same_from_another_checkout_changes_nothing(
+    deployment: Deployment, engine: docker.DockerClient, tmp_path: Path
+) -> None:
+    before = fingerprint(engine)
+    other = Deployment(tmp_path / "elsewhere", Path(deployment.environment["XDG_STATE_HOME"]))
+    shutil.copytree(deployment.folder, other.folder, symlinks=True)
+    other.done("up")
     assert fingerprint(engine) == before
 
 
