@@ -52,9 +52,10 @@ def preview(
 @app.command()
 def down(environments: Environments = None) -> None:
     """Destroy, in reverse order. Protected volumes stay; a protected environment's name must be typed."""
-    stacks = order.read(ROOT, environments or ())
+    pulumi = Pulumi.of(ROOT)
+    stacks = order.read(ROOT, environments or (), [name for name, resources in pulumi.stacks().items() if resources])
     ask = typer.prompt if sys.stdin.isatty() else None
-    raise typer.Exit(deploy.down(Pulumi.of(ROOT), stacks, os.environ, ask, console))
+    raise typer.Exit(deploy.down(pulumi, stacks, os.environ, ask, console))
 
 
 @app.command(name="plan")

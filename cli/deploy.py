@@ -27,17 +27,30 @@ def policy_pack(root: Path, variables: Mapping[str, str]) -> str:
 def up(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console) -> int:
     """Deploy what differs: host first, protected environments next. Stops at the first stack that fails.
 
-    Stacks without changes are found by previews, some at a time, since a deploy of each would take longer. A preview
-    that fails (a policy's violation, a mistake in the settings) stops everything before anything is applied.
+    Stacks without changes are found by previews, some at a time, since a deploy of each would take longer. A violation
+    in a deployed stack stops everything before anything is applied; so does host's change when host is not among the
+    stacks that were named, since it touches every environment.
     """
     _say_without_file(stacks, console)
     names = (HOST, *stacks.environments)  # an environment needs the host's slices, so host is always looked at
     known = pulumi.stacks()
+    keep_promises(pulumi, stacks, known)
     deployed = {name for name, resources in known.items() if resources}
     # Without host's outputs a preview of an environment can only fail.
     first = [name for name in names if name in deployed] if HOST in deployed else []
     found = previews.run(pulumi, first, pack, console, [STRICT])
+    violating = [preview for preview in found.values() if preview.violations]
+    for preview in violating:
+        previews.show(preview, console)
+    if violating:
+        return _stopped(f"{' and '.join(one.stack for one in violating)}: nothing was changed. {RETRY_UP}", console)
     if HOST not in found or found[HOST].outcome is not Outcome.UNCHANGED:
+        if HOST in found and HOST not in stacks.names:
+            return _stopped(
+                f"host: it has changes, which touch every environment. Nothing was changed. "
+                f"Next step: make preview ENV={HOST}, then make up ENV={HOST}, then this again",
+                console,
+            )
         if not _apply(HOST, found, known, pulumi, pack, console):
             return _stopped(f"host: no environment was changed. {RETRY_UP}", console)
         # What the environments' previews read from the host stack may be different now.
@@ -57,6 +70,34 @@ def up(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console) -> int:
             untouched = f"not touched: {', '.join(rest)}. " if rest else ""
             return _stopped(f"{name}: {untouched}{RETRY_UP}", console)
     return 0
+
+
+def keep_promises(pulumi: Pulumi, stacks: Stacks, known: Mapping[str, int]) -> None:
+    """PulumiError when the ledger takes back what a deployed environment has: its entry, or its protection.
+
+    Without the entry its slice would go from under its containers, and without protection its volumes could. The
+    latter is done on purpose with BULKHEAD_CONFIRM.
+    """
+    for name in (name for name, resources in known.items() if resources and name != HOST):
+        resources = pulumi.resources(name)
+        containers = sum(resource["type"] == CONTAINER for resource in resources)
+        if name not in stacks.tiers and containers:
+            raise PulumiError(
+                f"{name} is deployed with {containers} containers, and the ledger does not have it any more: nothing "
+                f"was changed. Next step: put it back into Pulumi.host.yaml, or remove it first: make down ENV={name}"
+            )
+        lowered = stacks.tiers.get(name) is Tier.BEST_EFFORT and protects(resources)
+        if lowered and not confirmed(name, pulumi.variables, None):
+            raise PulumiError(
+                f"{name} was deployed as protected, and the ledger makes it {Tier.BEST_EFFORT}: its volumes would lose "
+                "their protection, so nothing was changed. Next step: put its tier back in Pulumi.host.yaml; or, to do "
+                f"it on purpose, set BULKHEAD_CONFIRM={name}"
+            )
+
+
+def protects(resources: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a stack's state holds a protected volume."""
+    return any(resource["type"] == VOLUME and resource.get("protect") for resource in resources)
 
 
 def _apply(
@@ -93,6 +134,7 @@ def preview(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console, *, drif
     """
     _say_without_file(stacks, console)
     resources = pulumi.stacks()
+    keep_promises(pulumi, stacks, resources)
     possible = [name for name in stacks.names if name == HOST or resources.get(HOST)]
     for name in possible:
         if name not in resources:
@@ -124,7 +166,8 @@ def down(
     resources = pulumi.stacks()
     going = [name for name in reversed(stacks.names) if resources.get(name)]
     for name in going:
-        if stacks.tiers.get(name) is Tier.PROTECTED and not confirmed(name, variables, ask):
+        protected = stacks.tiers.get(name) is Tier.PROTECTED or protects(pulumi.resources(name))
+        if protected and not confirmed(name, variables, ask):
             raise PulumiError(
                 f"{name} is protected, and destroying it was not confirmed: nothing was destroyed. "
                 f"Next step: type its name when asked, or set BULKHEAD_CONFIRM={name}"

@@ -1,7 +1,7 @@
 """Which stacks a command works on, and in which order: host first, then protected before best-effort.
 Read from the ledger; the engine is not asked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +23,17 @@ class Stacks(NamedTuple):
         return tuple(name for name in self.names if name != HOST)
 
 
-def read(root: Path, chosen: Sequence[str] = ()) -> Stacks:
+def read(root: Path, chosen: Sequence[str] = (), deployed: Collection[str] = ()) -> Stacks:
     """The stacks of the checkout's ledger, or the `chosen` ones of them, in deploy order.
 
+    `deployed` ones count too, last, whatever the checkout has of them: what was deployed can always be destroyed.
     SettingsError for a name that the ledger does not have, or an environment that is chosen without a settings file.
     """
     ledger = LedgerSettings.read(root / "Pulumi.host.yaml")
     tiers = {name: written.tier for name, written in ledger.environments.items()}
     for name in chosen:
+        if name in deployed:
+            continue
         if name != HOST and name not in tiers:
             raise SettingsError(
                 file=ledger.file,
@@ -49,6 +52,7 @@ def read(root: Path, chosen: Sequence[str] = ()) -> Stacks:
     ordered = sorted(
         tiers, key=lambda name: tiers[name] is not Tier.PROTECTED
     )  # keeps the ledger's order within a tier
-    names = [name for name in (HOST, *ordered) if not chosen or name in chosen]
-    there = tuple(name for name in names if (root / f"Pulumi.{name}.yaml").exists())
+    others = sorted(set(deployed) - {HOST, *tiers})
+    names = [name for name in (HOST, *ordered, *others) if not chosen or name in chosen]
+    there = tuple(name for name in names if name in deployed or (root / f"Pulumi.{name}.yaml").exists())
     return Stacks(there, tiers, tuple(name for name in names if name not in there))

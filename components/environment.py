@@ -205,7 +205,7 @@ class Environment(pulumi.ComponentResource):
         """Where a secret comes from: a file, a variable of the deployer's, the stack's config, or generated."""
         name = secret.name or key
         if secret.file is not None:
-            return Path(secret.file).read_text(), None
+            return text_of(Path(secret.file), f"secrets.{key}.file"), None
         if secret.environment is not None:
             if secret.environment not in self._args.variables:
                 raise self._no_secret(key, secret.environment, f"Set {secret.environment} for the deploy.")
@@ -217,7 +217,7 @@ class Environment(pulumi.ComponentResource):
         raise self._no_secret(
             key,
             name,
-            f"Set it: pulumi config set --stack {self._name} --secret --path 'bulkhead:secrets.{name}' …; "
+            f"Set it: make pulumi ARGS=\"config set --stack {self._name} --secret --path 'bulkhead:secrets.{name}'\"; "
             "or let it be generated once: x-bulkhead: {generate: 32}.",
         )
 
@@ -274,9 +274,7 @@ class Environment(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=[
-                    built[other].completed if dependency.condition == COMPLETED else built[other]
-                    for other, dependency in sorted(service.depends_on.items())
-                    if other in built
+                    built[other].completed or built[other] for other in sorted(service.depends_on) if other in built
                 ],
             ),
         )
@@ -284,7 +282,7 @@ class Environment(pulumi.ComponentResource):
     def _content(self, config: compose.Config) -> pulumi.Input[str]:
         """What a config holds: a file's text, a variable's value, or what is written in place."""
         if config.file is not None:
-            return Path(config.file).read_text()
+            return text_of(Path(config.file), "configs.file")
         if config.environment is not None:
             return self._revealed(self._args.variables[config.environment])
         return config.content or ""
@@ -297,6 +295,20 @@ class Environment(pulumi.ComponentResource):
         return pulumi.Output.concat(
             *(self._args.secrets[piece] if odd % 2 else piece for odd, piece in enumerate(pieces))
         )
+
+
+def text_of(path: Path, key: str) -> str:
+    """A file's text. Raises `SettingsError` when it cannot be read, or is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            file=path.name,
+            key=key,
+            value=str(path),
+            problem=f"cannot be read as text: {error}",
+            remedy="Correct the path; what is not text belongs in the image or in a volume.",
+        ) from None
 
 
 def engine_name(environment: str, key: str, item: compose.Network | compose.Volume) -> str:
@@ -322,6 +334,15 @@ def allocate(subnet: IPv4Network, networks: Mapping[str, compose.Network]) -> di
     the same one does the later in the alphabet take the next free. Raises `SettingsError` when they do not fit.
     """
     given = {key: IPv4Network(network.subnet) for key, network in networks.items() if network.subnet is not None}
+    for key, range_ in given.items():
+        if not range_.subnet_of(subnet):
+            raise SettingsError(
+                file="compose",
+                key=f"networks.{key}.ipam.config",
+                value=str(range_),
+                problem=f"outside the environment's range {subnet}",
+                remedy="Write a range inside it, or none: Bulkhead then chooses one.",
+            )
     slots = list(subnet.subnets(new_prefix=max(subnet.prefixlen, min(subnet.prefixlen + NETWORK_BITS, LONGEST_PREFIX))))
     free = [slot for slot in slots if not any(slot.overlaps(taken) for taken in given.values())]
     wanting = sorted(key for key, network in networks.items() if key not in given and not network.external)

@@ -57,7 +57,7 @@ class Files(pulumi.ComponentResource):
         own = labels(args.environment, args.tier, args.service)
         # Salted: a label may be read by more than the secret may, and a weak secret is guessed from its hash.
         salt = Secret(f"{name}-salt", SecretArgs(tier=Tier.BEST_EFFORT, generate=16), opts=child).value
-        content = digest(args.files, salt)
+        content = digest(args.files, args.image_id, salt)
         volumes = {
             folder: docker.Volume(
                 f"{name}-{number}",
@@ -103,11 +103,14 @@ def folders(files: Sequence[File]) -> list[str]:
     return found
 
 
-def digest(files: Sequence[File], salt: pulumi.Input[str]) -> pulumi.Output[str]:
-    """12 hex digits over all targets, owners and contents, keyed with `salt`."""
+def digest(files: Sequence[File], image_id: pulumi.Input[str], salt: pulumi.Input[str]) -> pulumi.Output[str]:
+    """12 hex digits over all targets, owners and contents, keyed with `salt`.
+
+    The image counts too: a folder's other files come from it, and the engine copies them into an empty volume only.
+    """
     ordered = sorted(files, key=lambda file: file.target)
     places = [(file.target, file.mode, file.uid, file.gid) for file in ordered]
-    return pulumi.Output.all(salt, *[file.content for file in ordered]).apply(
+    return pulumi.Output.all(salt, image_id, *[file.content for file in ordered]).apply(
         lambda known: hmac.new(known[0].encode(), repr((places, known[1:])).encode(), hashlib.sha256).hexdigest()[:12]
     )
 

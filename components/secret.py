@@ -30,8 +30,8 @@ class Secret(pulumi.ComponentResource):
         if args.value is not None:
             self.value = pulumi.Output.secret(args.value)
         else:
-            # No trigger: generated once. A database's password must live as long as its volume does, so it
-            # is protected with it.
+            # Generated once, whatever changes later: a database's password must live as long as its volume
+            # does, so it is protected with it, and another length would not reach into the database.
             generated = local.Command(
                 f"{name}-generated",
                 create=f"head -c {args.generate} /dev/urandom | base64 -w0 | tr '+/' '-_' | tr -d '='",
@@ -40,6 +40,7 @@ class Secret(pulumi.ComponentResource):
                     parent=self,
                     additional_secret_outputs=["stdout"],
                     protect=args.tier is Tier.PROTECTED,
+                    ignore_changes=["create"],
                 ),
             )
             self.value = pulumi.Output.secret(generated.stdout)

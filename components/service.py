@@ -89,7 +89,7 @@ class Service(pulumi.ComponentResource):
 
     container_ids: pulumi.Output[list[str]]
     health: str
-    completed: pulumi.Output[pulumi.Resource]
+    completed: pulumi.Output[pulumi.Resource] | None = None
 
     def __init__(self, name: str, args: ServiceArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Service", name, None, opts)
@@ -112,9 +112,9 @@ class Service(pulumi.ComponentResource):
         ]
         self.container_ids = pulumi.Output.all(*[container.id for container in containers])
         self.health = "healthy" if kwargs.get("wait") else "unchecked"
-        self.completed = pulumi.Output.all(*[container.exit_code for container in containers]).apply(
-            lambda codes: self._succeeded(name, codes)
-        )
+        if args.runs_to_completion:
+            ends = [pulumi.Output.all(container.exit_code, container.urn) for container in containers]
+            self.completed = pulumi.Output.all(*ends).apply(lambda known: self._succeeded(name, known))
         self.register_outputs({"container_ids": self.container_ids, "health": self.health})
 
     def _files(self, name: str, args: ServiceArgs) -> Files | None:
@@ -124,13 +124,16 @@ class Service(pulumi.ComponentResource):
         files = FilesArgs(args.environment, args.tier, args.key, args.image_id, args.cgroup_parent, args.files)
         return Files(f"{name}-files", files, opts=pulumi.ResourceOptions(parent=self))
 
-    def _succeeded(self, name: str, codes: Sequence[int | None]) -> pulumi.Resource:
+    def _succeeded(self, name: str, ends: Sequence[Sequence[Any]]) -> pulumi.Resource:
         """This service, once its containers have ended well. Raises `pulumi.RunError` when one has not."""
-        if bad := [code for code in codes if code]:
-            raise pulumi.RunError(
-                f"{name}: ended with exit code {bad[0]}, and other services wait for its success "
-                f"(depends_on: service_completed_successfully). Read its output: docker logs {name}-1-…"
-            )
+        for code, urn in ends:
+            if code:
+                raise pulumi.RunError(
+                    f"{name}: ended with exit code {code:g}, and other services wait for its success "
+                    f"(depends_on: service_completed_successfully). Read its output with docker logs, correct it and "
+                    f"deploy again; to run it again as it is: make pulumi ARGS='state taint --yes --stack "
+                    f"{pulumi.get_stack()} {urn}'"
+                )
         return self
 
 

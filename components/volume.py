@@ -43,6 +43,9 @@ class Volume(pulumi.ComponentResource):
                 protect=keep,
                 retain_on_delete=keep,
                 delete_before_replace=True,  # the name stays the same
+                # The engine cannot relabel a volume: it would be deleted and made again, empty. That would also
+                # happen at the moment when its environment becomes a protected one.
+                ignore_changes=["labels"],
             ),
         )
         self.volume_name = volume.name

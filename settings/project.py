@@ -67,7 +67,7 @@ class EnvironmentSettings(Frozen):
             if not (isinstance(value, dict) and set(value) == {"secure"}):
                 raise ValueError(
                     f"{name} is not encrypted; set it with "
-                    f"`pulumi config set --secret --path 'bulkhead:secrets.{name}'`"
+                    f"`make pulumi ARGS=\"config set --secret --path 'bulkhead:secrets.{name}'\"`"
                 )
         return frozenset(map(str, written))
 
@@ -174,8 +174,8 @@ def _missing_secrets(project: Project, settings: EnvironmentSettings) -> Iterabl
                 file=f"Pulumi.{settings.name}.yaml",
                 key=f"bulkhead:secrets.{name}",
                 problem=f"missing: the compose files take secret {key!r} from here",
-                remedy=f"Set it with `pulumi config set --stack {settings.name} --secret --path "
-                f"'bulkhead:secrets.{name}'`, or let it be made once with x-bulkhead: {{generate: 32}}.",
+                remedy=f'Set it with `make pulumi ARGS="config set --stack {settings.name} --secret --path '
+                f"'bulkhead:secrets.{name}'\"`, or let it be made once with x-bulkhead: {{generate: 32}}.",
             )
 
 
@@ -237,15 +237,19 @@ def _meets(one: PublishedPort, other: PublishedPort) -> bool:
 def check_ports(
     ledger: Ledger | LedgerSettings, project: Project, folder: Path | None = None
 ) -> Mapping[PublishedPort, str]:
-    """`published_ports` of `project` and of every other environment of the ledger with settings in the checkout.
+    """`published_ports` of `project`, each time beside one other environment of the ledger with settings here.
 
-    The others' errors are left to their own deploys: a broken compose file of dev must not keep prod from being
-    deployed.
+    The others' own errors are left to their own deploys: a broken compose file of dev, or a port that dev and staging
+    both publish, must not keep prod from being deployed.
     """
     folder = folder or root()
-    projects = [project]
+    others = []
     for name in ledger.environments:
         if name != project.environment and (folder / f"Pulumi.{name}.yaml").is_file():
             with suppress(SettingsError):
-                projects.append(read_project(read_environment(name, folder)))
-    return published_ports(projects, ledger)
+                other = read_project(read_environment(name, folder))
+                published_ports([other], ledger)
+                others.append(other)
+    for other in others:
+        published_ports([other, project], ledger)
+    return published_ports([project], ledger)

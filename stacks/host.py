@@ -34,7 +34,7 @@ def build() -> None:
                 cgroup_version=facts.cgroup_version,
                 capacity_cpus=ledger.capacity.cpus,
                 system_cpus=ledger.system.cpus or 0.0,
-                host=settings.host,
+                host=facts.address,  # the machine that was asked, also when DOCKER_HOST named it
                 boot=BOOT_ID.read_text().strip() if facts.local else "",
             ),
             opts=pulumi.ResourceOptions(providers=[provider]),

@@ -364,9 +364,58 @@ def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console
 
 
 def test_a_changed_host_makes_the_environments_looked_at_again(console: Console) -> None:
-    recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME, OTHER], "dev": [BAD, SAME]})
+    broken = Result(255, "error: the host stack promises nothing")
+    recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME, OTHER], "dev": [broken, SAME]})
     assert deploy.up(recorder, ALL, "pack", console) == 0
     assert recorder.ran == ["up host", "up prod"]
+
+
+def test_a_violation_stops_a_change_of_host_too(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME], "dev": [BAD]})
+    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert recorder.ran == []
+    assert "nothing was changed" in shown(console)
+
+
+def test_a_change_of_host_is_not_applied_by_the_way(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [OTHER], "dev": [OTHER]})
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), "pack", console) == 1
+    assert recorder.ran == []
+    assert "make up ENV=host" in shown(console)
+
+
+CONTAINER = {"type": deploy.CONTAINER, "urn": "urn::c", "custom": True, "id": "c"}
+KEPT = {"type": deploy.VOLUME, "urn": "urn::v", "custom": True, "id": "v", "protect": True}
+
+
+@pytest.mark.parametrize("command", [deploy.up, deploy.preview])
+def test_a_deployed_environment_cannot_vanish_from_the_ledger(command: Any, console: Console) -> None:
+    recorder = Recorder({**DEPLOYED, "gone": 3}, {name: [SAME] for name in ("host", "prod", "dev")})
+    recorder.state = {"gone": [CONTAINER]}
+    with pytest.raises(PulumiError, match=r"gone is deployed with 1 containers.*make down ENV=gone"):
+        command(recorder, ALL, "pack", console)
+    assert recorder.ran == []
+
+
+@pytest.mark.parametrize("command", [deploy.up, deploy.preview])
+def test_a_protected_environment_cannot_lose_its_tier_by_an_edit(command: Any, console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {name: [SAME] for name in ("host", "prod", "dev")})
+    recorder.state = {"dev": [KEPT]}
+    with pytest.raises(PulumiError, match=r"dev was deployed as protected.*BULKHEAD_CONFIRM=dev"):
+        command(recorder, ALL, "pack", console)
+    recorder.variables = {"BULKHEAD_CONFIRM": "dev"}
+    assert command(recorder, ALL, "pack", console) == 0
+
+
+def test_down_asks_for_the_name_of_what_was_deployed_as_protected(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {})
+    recorder.state = {"dev": [KEPT]}
+    with pytest.raises(PulumiError, match=r"dev is protected.*BULKHEAD_CONFIRM=dev"):
+        deploy.down(recorder, Stacks(("dev",), TIERS), {}, None, console)
+
+
+def test_what_was_deployed_can_be_destroyed_whatever_the_checkout_has_of_it(checkout: Path) -> None:
+    assert order.read(checkout, ["gone"], deployed=["gone"]).names == ("gone",)
 
 
 def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(console: Console) -> None:
@@ -374,7 +423,7 @@ def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(con
     assert deploy.up(recorder, ALL, "pack", console) == 1
     assert recorder.ran == []
     assert "remove cpus" in shown(console)
-    assert "no environment was changed" in shown(console)
+    assert "nothing was changed" in shown(console)
 
 
 def test_a_failing_host_stops_everything(console: Console) -> None:

@@ -50,6 +50,11 @@ def test_a_written_range_is_kept_and_others_avoid_it() -> None:
     assert not found["backend"].overlaps(found["admin"])
 
 
+def test_a_written_range_outside_the_environments_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"192.168.50.0/24.*outside the environment's range 10.81.0.0/16"):
+        allocate(RANGE, {"admin": Network(subnet="192.168.50.0/24")})
+
+
 def test_more_networks_than_fit_name_the_range_and_the_remedy() -> None:
     small = IPv4Network("10.81.0.0/27")
     with pytest.raises(SettingsError, match=r"10.81.0.0/27.*room for 2 networks.*/16"):
@@ -180,7 +185,7 @@ def test_a_secret_variable_is_put_into_the_environment_at_deploy(engine: Engine)
 
 def test_a_secret_without_a_value_names_itself_and_both_remedies(engine: Engine) -> None:
     lost = project(services={"a": {"image": "a"}}, secrets={"key": {"external": True}})
-    with pytest.raises(SettingsError, match=r"secrets.key.*no value.*pulumi config set.*generate"):
+    with pytest.raises(SettingsError, match=r"secrets.key.*no value.*config set.*generate"):
         deployed(engine, lost)
 
 
@@ -201,6 +206,16 @@ def test_services_with_the_same_build_share_one_image(engine: Engine, tmp_path: 
     build = {"context": str(tmp_path)}
     deployed(engine, project(services={"a": {"build": build}, "b": {"build": build}}))
     assert len([key for key in engine.seen if key.startswith("docker:index/remoteImage")]) == 1
+
+
+def test_a_config_that_is_no_text_names_itself_and_the_remedy(engine: Engine, tmp_path: Any) -> None:
+    (tmp_path / "logo.png").write_bytes(b"\xff\xfe")
+    given_project = project(
+        services={"a": {"image": "a", "configs": [{"source": "logo"}]}},
+        configs={"logo": {"file": str(tmp_path / "logo.png")}},
+    )
+    with pytest.raises(SettingsError, match=r"logo.png.*cannot be read as text.*volume"):
+        deployed(engine, given_project)
 
 
 def test_network_mode_service_becomes_the_container_of_that_service(engine: Engine) -> None:

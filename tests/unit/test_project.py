@@ -105,7 +105,7 @@ REFUSED = {
     "a secret in plain text": (
         ("{secure: v1:abc}", "hunter2"),
         "Pulumi.prod.yaml:5: bulkhead:secrets: DB_PASSWORD is not encrypted. "
-        "Set it with `pulumi config set --secret --path 'bulkhead:secrets.DB_PASSWORD'`.",
+        "Set it with `make pulumi ARGS=\"config set --secret --path 'bulkhead:secrets.DB_PASSWORD'\"`.",
     ),
     "secrets encrypted as a whole": (
         ("    DB_PASSWORD: {secure: v1:abc}", "    secure: v1:abc"),
@@ -171,7 +171,7 @@ def test_an_external_secret_without_value_is_refused(checkout: Path) -> None:
         read_project(read_environment("prod", checkout))
     assert str(error.value) == (
         "Pulumi.prod.yaml: bulkhead:secrets.token: missing: the compose files take secret 'token' from here. "
-        "Set it with `pulumi config set --stack prod --secret --path 'bulkhead:secrets.token'`, "
+        "Set it with `make pulumi ARGS=\"config set --stack prod --secret --path 'bulkhead:secrets.token'\"`, "
         "or let it be made once with x-bulkhead: {generate: 32}."
     )
 
@@ -292,7 +292,7 @@ def test_ports_are_checked_across_the_environments_of_the_checkout(checkout: Pat
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
     assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {("0.0.0.0", 8080, "tcp"): "prod/web"}
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "dev")
-    for asking, refused in (("prod", "dev/web publishes"), ("dev", "prod/web publishes")):
+    for asking, refused in (("prod", "prod/web publishes"), ("dev", "dev/web publishes")):
         with pytest.raises(SettingsError, match=refused):
             check_ports(LEDGER, deploying(checkout, asking), checkout)
 
