@@ -253,6 +253,7 @@ class Environment(pulumi.ComponentResource):
                 cgroup_parent=self._args.cgroup_parent,
                 cgroup_version=self._args.cgroup_version,
                 host=self._args.host,
+                siblings=list(project.services),
                 attachments=[
                     Attachment(networks[network], attachment.aliases, attachment.ipv4_address)
                     for network, attachment in sorted(service.networks.items())

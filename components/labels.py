@@ -6,9 +6,11 @@ Monitoring, `make down` and the policy pack recognise a resource by these, never
 from collections.abc import Mapping
 from typing import Any
 
+from settings.host import SERVICE_LABEL
+
 ENVIRONMENT = "bulkhead.environment"
 TIER = "bulkhead.tier"
-SERVICE = "bulkhead.service"
+SERVICE = SERVICE_LABEL
 FILES = "bulkhead.files"
 
 

@@ -4,7 +4,7 @@
 transforms or hooks, which neither mocks nor other callers would run. It builds no image and makes no network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,8 @@ class ServiceArgs:
     volumes that the service's mounts name. `variables`: the container's environment. `modes`: `network`, `pid` and
     `ipc` modes where the service sets them. `runs_to_completion`: others wait for its successful end.
     `cgroup_version`: of the host: a memory reservation protects under 2 and harms under 1. `host`: the engine's
-    address, where a container that does not become healthy is stopped.
+    address, where a container that does not become healthy is stopped. `siblings`: the environment's services: a
+    container of one that is no longer among them gives up its volume and its port before a new one takes them.
     """
 
     environment: str
@@ -82,6 +83,7 @@ class ServiceArgs:
     runs_to_completion: bool = False
     cgroup_version: pulumi.Input[int] = 1
     host: str | None = None
+    siblings: Collection[str] = ()
 
 
 class Service(pulumi.ComponentResource):
@@ -96,6 +98,7 @@ class Service(pulumi.ComponentResource):
         files = self._files(name, args)
         failed = pulumi.ErrorHook(f"{name}-failed", lambda failure: stop_failed(failure, args))
         kwargs = container_args(args, files.mounts if files else ())
+        alone = pulumi.ResourceHook(f"{name}-alone", lambda new: stop_departed(new.new_inputs or {}, args))
         containers = [
             docker.Container(
                 f"{name}-{number}",
@@ -105,7 +108,10 @@ class Service(pulumi.ComponentResource):
                     depends_on=[files] if files else [],
                     delete_before_replace=not starts_first(args.service),
                     replace_on_changes=list(NEVER_UPDATED),
-                    hooks=pulumi.ResourceHookBinding(on_error=[failed]),
+                    hooks=pulumi.ResourceHookBinding(
+                        before_create=[] if starts_first(args.service) or not args.siblings else [alone],
+                        on_error=[failed],
+                    ),
                 ),
             )
             for number in range(1, args.service.deploy.replicas + 1)
@@ -153,6 +159,23 @@ def stop_failed(failure: pulumi.ErrorHookArgs, args: ServiceArgs) -> bool:
             f"Its healthcheck said: {ended.health or 'nothing'}\nIts last output:\n{ended.log}"
         )
     return False
+
+
+def stop_departed(new: Mapping[str, Any], args: ServiceArgs) -> None:
+    """Stops what a renamed or removed service left on the volumes and ports of a new container (its inputs).
+
+    Pulumi deletes what vanished from the program after it has made what is new: a database that was renamed would
+    run twice on the same files for that long.
+    """
+    stopped = host.stop_departed(
+        labels(args.environment, args.tier),
+        args.siblings,
+        [volume["volumeName"] for volume in new.get("volumes") or () if volume.get("volumeName")],
+        [int(port["external"]) for port in new.get("ports") or () if port.get("external")],
+        args.host,
+    )
+    for container in stopped:
+        pulumi.log.info(f"{container}: stopped, since {args.key} takes over its volume or port")
 
 
 def starts_first(service: ComposeService) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 CONNECT_SECONDS = 2
 ANSWER_SECONDS = 10
 REGISTRY_SECONDS = 30
+STOP_SECONDS = 300  # longer than any grace period that a service may ask for
+SERVICE_LABEL = "bulkhead.service"
 LOG_LINES = 20
 
 
@@ -175,6 +177,55 @@ def stop_failed(name: str, docker_host: str | None = None) -> Ended | None:
     except (DockerException, RequestException):
         return None
     return Ended(name=name, health=str(checks[-1].get("Output", "")).strip(), log=log.strip())
+
+
+def foreign_volumes(names: Sequence[str], labels: Mapping[str, str], docker_host: str | None = None) -> list[str]:
+    """Of these volumes, those that the engine has already, without the labels that would make them ours.
+
+    Empty when the engine does not answer or is on another machine, as with `missing_images`.
+    """
+    url = address(docker_host)
+    if not names or not url.startswith("unix://"):
+        return []
+    try:
+        with closing(docker.DockerClient(base_url=url, version="auto", timeout=ANSWER_SECONDS)) as client:
+            there = {volume.name: volume.attrs.get("Labels") or {} for volume in client.volumes.list()}
+    except (DockerException, RequestException):
+        return []
+    return [name for name in names if name in there and not labels.items() <= there[name].items()]
+
+
+def stop_departed(
+    labels: Mapping[str, str],
+    kept: Collection[str],
+    volumes: Collection[str],
+    ports: Collection[int],
+    docker_host: str | None = None,
+) -> list[str]:
+    """Stops containers with `labels` of services that are not `kept`, where they hold one of the volumes or ports.
+
+    Returns their names. Raises `SettingsError` when the engine of this machine cannot be asked.
+    """
+    url = address(docker_host)
+    if not url.startswith("unix://"):
+        return []
+    stopped = []
+    try:
+        with closing(docker.DockerClient(base_url=url, version="auto", timeout=STOP_SECONDS)) as client:
+            for container in client.containers.list(filters={"label": [f"{key}={one}" for key, one in labels.items()]}):
+                held = {mount.get("Name") for mount in container.attrs["Mounts"] if mount.get("RW")} & set(volumes)
+                bound = {
+                    int(one["HostPort"])
+                    for found in (container.attrs["HostConfig"].get("PortBindings") or {}).values()
+                    for one in found or ()
+                    if one.get("HostPort")
+                } & set(ports)
+                if container.labels.get(SERVICE_LABEL) not in kept and (held or bound):
+                    container.stop(timeout=container.attrs["Config"].get("StopTimeout") or 10)
+                    stopped.append(str(container.name))
+    except (DockerException, RequestException) as error:
+        raise _error(url, f"what holds the volumes cannot be asked ({error})", "Run `make doctor`.") from None
+    return stopped
 
 
 def missing_images(images: Sequence[str], docker_host: str | None = None) -> dict[str, str]:

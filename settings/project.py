@@ -61,7 +61,7 @@ class EnvironmentSettings(Frozen):
         if isinstance(written.get("secure"), str):
             raise ValueError(
                 "encrypted as a whole, so its names cannot be read; set each secret with "
-                "`pulumi config set --secret --path 'bulkhead:secrets.NAME'`"
+                "`make pulumi ARGS=\"config set --secret --path 'bulkhead:secrets.NAME'\"`"
             )
         for name, value in written.items():
             if not (isinstance(value, dict) and set(value) == {"secure"}):

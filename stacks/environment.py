@@ -7,7 +7,8 @@ import pulumi
 import pulumi_command as command
 import pulumi_docker as docker
 
-from components.environment import Environment, EnvironmentArgs
+from components.environment import Environment, EnvironmentArgs, engine_name
+from components.labels import ENVIRONMENT
 from settings import compose, host
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings
@@ -23,6 +24,7 @@ def build() -> Environment:
     project = read_project(settings)
     check_ports(ledger, project)
     check_images(project, ledger.host)
+    check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     deployed = pulumi.StackReference("host", stack_name=host_stack())
     engine = deployed.require_output("engine")
@@ -75,6 +77,26 @@ def promise(environments: dict[str, Any], name: str) -> dict[str, Any]:
             "Deploy the ledger first: make up ENV=host"
         )
     return dict(environments[name])
+
+
+def check_volumes(project: compose.Project, address: str | None) -> None:
+    """Raises `SettingsError` for a volume that somebody else has made already.
+
+    The engine would hand it out without a word, and `make down` would delete it with everything in it.
+    """
+    names = {
+        engine_name(project.environment, key, volume): key
+        for key, volume in project.volumes.items()
+        if not volume.external
+    }
+    for name in host.foreign_volumes(sorted(names), {ENVIRONMENT: project.environment}, address):
+        raise SettingsError(
+            file=", ".join(project.files),
+            key=f"volumes.{names[name]}",
+            value=name,
+            problem="this volume is there already, and not of this environment",
+            remedy="Write external: true beside its name to use it as it is, or give the new one another name.",
+        )
 
 
 def check_images(project: compose.Project, address: str | None) -> None:

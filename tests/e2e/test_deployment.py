@@ -1,6 +1,7 @@
 """The main job, told in order: two environments of a real application on one engine, kept apart; a bad change stopped
 before it is applied; a bad release that leaves the old one running; an engine killed; and nothing left at the end."""
 
+import html
 import json
 import os
 import shutil
@@ -182,7 +183,7 @@ def test_plan_doctor_and_diagram_tell_what_there_is(deployment: Deployment, tmp_
         assert line in report
     picture = tmp_path / "picture.svg"
     deployment.done("diagram", args=str(picture))
-    assert f"{PROD}-backend" in picture.read_text()
+    assert f"{PROD}-backend" in html.unescape(picture.read_text())
 
 
 def overlay(deployment: Deployment, stack: str, document: Mapping[str, Any]) -> None:
@@ -399,6 +400,7 @@ def test_another_environment_of_the_ledger_needs_only_its_settings(
     assert {service: len(found) for service, found in containers.items()} == {
         "replicated": 3,
         "named": 1,
+        "keeper": 1,
         "sidecar": 1,
         "once": 1,
     }
@@ -419,6 +421,63 @@ def test_a_changed_replica_count_touches_only_that_service(deployment: Deploymen
     now = {one.id for one in running(engine, STAGING)}
     assert kept < now
     assert len(now - kept) == 1
+
+
+def test_a_renamed_service_takes_over_its_volume_without_two_of_them_running(
+    deployment: Deployment, engine: docker.DockerClient
+) -> None:
+    path = deployment.folder / "features.yaml"
+    path.write_text(path.read_text().replace("  keeper:", "  caretaker:"))
+    assert "stopped, since caretaker takes over" in deployment.done("up", STAGING)
+    services = {one.labels["bulkhead.service"] for one in running(engine, STAGING)}
+    assert "caretaker" in services
+    assert "keeper" not in services
+
+
+def test_a_volume_of_somebody_else_is_not_taken(deployment: Deployment, engine: docker.DockerClient) -> None:
+    engine.volumes.create("e2e-somebodys", labels={"bulkhead.environment": "e2e-none"})
+    kept = (deployment.folder / f"Pulumi.{DEV}.yaml").read_text()
+    try:
+        overlay(deployment, DEV, {"volumes": {"db-data": {"name": "e2e-somebodys"}}})
+        refused(deployment.make("preview", DEV), "e2e-somebodys", "external: true")
+    finally:
+        (deployment.folder / f"Pulumi.{DEV}.yaml").write_text(kept)
+        engine.volumes.get("e2e-somebodys").remove()
+
+
+def test_a_label_or_another_length_of_a_secret_leaves_volumes_and_secrets_as_they_are(
+    deployment: Deployment, engine: docker.DockerClient
+) -> None:
+    before = fingerprint(engine)
+    kept = (deployment.folder / f"Pulumi.{DEV}.yaml").read_text()
+    try:
+        overlay(
+            deployment,
+            DEV,
+            {
+                "volumes": {"db-data": {"labels": {"team": "shop"}}},
+                "secrets": {"db_password": {"external": True, "x-bulkhead": {"generate": 48}}},
+            },
+        )
+        deployment.done("up", DEV)
+    finally:
+        (deployment.folder / f"Pulumi.{DEV}.yaml").write_text(kept)
+    assert fingerprint(engine) == before
+
+
+def test_preview_stops_a_ledger_that_lowers_prods_tier_or_drops_it(deployment: Deployment) -> None:
+    ledger = deployment.folder / "Pulumi.host.yaml"
+    kept = ledger.read_text()
+    lowered, dropped = json.loads(json.dumps(LEDGER)), json.loads(json.dumps(LEDGER))
+    prod = lowered["bulkhead:environments"][PROD]
+    prod |= {"tier": "best-effort", "limits": {"cpus": "50%", "memory": "20%"}}
+    del prod["reservations"], dropped["bulkhead:environments"][PROD]
+    try:
+        for changed, remedy in ((lowered, "BULKHEAD_CONFIRM"), (dropped, "make down")):
+            ledger.write_text(yaml.safe_dump({"config": changed}))
+            refused(deployment.make("preview", "host"), PROD, remedy)
+    finally:
+        ledger.write_text(kept)
 
 
 def test_killing_the_engine_and_starting_it_again_brings_every_service_back(
