@@ -26,7 +26,8 @@ DROPPED_CAPABILITIES = ("AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP",
 NO_NEW_PRIVILEGES = "no-new-privileges"
 # Compose's default between the stop signal and the kill, in seconds.
 STOP_GRACE = 10
-# The provider records a change of these, or of a field inside them, as an update and leaves the container as it is.
+# The provider records a change of healthcheck, init, mounts or tmpfs as an update and leaves the container as it is.
+# The others are replaced by it already; they stand here so that a later provider cannot start to do the same.
 NEVER_UPDATED = (
     "capabilities",
     "devices",

@@ -4,7 +4,7 @@ Groups under the cgroupfs driver (cgroup v1 and v2), slice units under the syste
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pulumi
 
@@ -12,6 +12,7 @@ from components.host_command import HostCommand, HostCommandArgs
 from settings.ledger import Budget, Tier, slice_name
 
 CGROUPS = "/sys/fs/cgroup"
+UNITS = "/etc/systemd/system"
 PAGE = 4096
 # The kernel's default weight of a group (v2) and shares (v1): what the system's own services run at.
 SYSTEM_WEIGHT, SYSTEM_SHARES = 100, 1024
@@ -26,6 +27,7 @@ class SliceArgs:
 
     `driver`: the engine's cgroup driver, `cgroupfs` or `systemd`. `cgroup_version`: 1 or 2.
     `system_cpus`: CPUs kept for the system, `capacity_cpus`: CPUs there are; weights are relative to them.
+    `protected`: the sum of all protected environments' reservations, which systemd's common parent slice needs.
     `boot`: an id of the host's current boot: groups made by hand (cgroupfs) are gone after a reboot,
     so a new boot makes the next `pulumi up` write them again.
     """
@@ -38,6 +40,7 @@ class SliceArgs:
     cgroup_version: int
     capacity_cpus: float
     system_cpus: float
+    protected: Budget = field(default_factory=Budget)
     host: str | None = None
     boot: str = ""
 
@@ -74,7 +77,12 @@ def cpu_ratio(args: SliceArgs) -> float | None:
     """
     if args.tier is not Tier.PROTECTED or args.reservations is None or args.reservations.cpus is None:
         return None
-    return args.reservations.cpus / max(args.system_cpus, 0.01 * args.capacity_cpus)
+    return args.reservations.cpus / system_share(args)
+
+
+def system_share(args: SliceArgs) -> float:
+    """The system's CPUs; at least a hundredth of the machine, so that a weight has something to stand to."""
+    return max(args.system_cpus, 0.01 * args.capacity_cpus)
 
 
 def scripts(args: SliceArgs, parent: str) -> tuple[str, str]:
@@ -144,7 +152,7 @@ def cgroupfs_scripts(files: Mapping[str, str], parent: str, version: int) -> tup
         "  tries=0\n"
         '  until find "$group" -depth -type d -exec rmdir {} \\; && [ ! -d "$group" ]; do\n'
         "    tries=$((tries + 1))\n"
-        '    [ "$tries" -lt 20 ] || { echo "$group still holds processes: stop them first" >&2; exit 1; }\n'
+        '    [ "$tries" -lt 20 ] || { echo "$group still holds processes: stop them first: make down" >&2; exit 1; }\n'
         "    sleep 0.25\n"
         "  done\n"
         "done\n"
@@ -169,16 +177,37 @@ def systemd_scripts(args: SliceArgs, unit: str) -> tuple[str, str]:
         "TasksAccounting": "yes",
         "TasksMax": "infinity" if (pids := pids_limit(args)) == "max" else pids,
     }
-    body = "\n".join(f"{key}={value}" for key, value in properties.items())
-    path = f"/etc/systemd/system/{unit}"
+    # systemd nests every bulkhead-….slice in bulkhead.slice. Left at its defaults, the whole of it would weigh as much
+    # as the system's services, and a memory protection below it would count for nothing.
+    parent = {
+        "CPUAccounting": "yes",
+        "CPUWeight": str(clamp(SYSTEM_WEIGHT * (args.protected.cpus or 0) / system_share(args), 1, MAX_WEIGHT)),
+        "MemoryAccounting": "yes",
+        "MemoryLow": str((args.protected.memory or 0) // PAGE * PAGE),
+    }
     create = (
-        f"cat > {path} <<'UNIT'\n"
-        f"[Unit]\nDescription=Bulkhead: everything of environment {args.environment}\nBefore=slices.target\n"
-        f"[Slice]\n{body}\n[Install]\nWantedBy=slices.target\nUNIT\n"
-        f"systemctl daemon-reload\nsystemctl enable --quiet {unit}\nsystemctl start {unit}\n"
+        unit_file("bulkhead.slice", "Bulkhead: all environments", parent)
+        + unit_file(unit, f"Bulkhead: everything of environment {args.environment}", properties)
+        + f"systemctl daemon-reload\nsystemctl enable --quiet {unit}\nsystemctl start {unit}\n"
     )
-    delete = f"systemctl disable --quiet {unit}\nsystemctl stop {unit}\nrm -f {path}\nsystemctl daemon-reload\n"
+    delete = (
+        # Stopping a slice stops everything in it.
+        f"if find {CGROUPS} -path '*/{unit}/*' -name cgroup.procs -exec cat {{}} + | grep -q .; then\n"
+        f"  echo '{unit} still holds processes: stop them first: make down ENV={args.environment}' >&2\n"
+        "  exit 1\n"
+        "fi\n"
+        f"systemctl disable --quiet {unit}\nsystemctl stop {unit}\nrm -f {UNITS}/{unit}\nsystemctl daemon-reload\n"
+    )
     return create, delete
+
+
+def unit_file(unit: str, description: str, properties: Mapping[str, str]) -> str:
+    """Shell text that writes a slice unit."""
+    body = "\n".join(f"{key}={value}" for key, value in properties.items())
+    return (
+        f"cat > {UNITS}/{unit} <<'UNIT'\n[Unit]\nDescription={description}\nBefore=slices.target\n"
+        f"[Slice]\n{body}\n[Install]\nWantedBy=slices.target\nUNIT\n"
+    )
 
 
 def memory_limit(args: SliceArgs) -> int | None:

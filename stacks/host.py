@@ -21,6 +21,10 @@ def build() -> None:
     facts = host.facts(settings.host)
     ledger = settings.resolve(facts.capacity())
     provider = command.Provider("command")
+    reserved = [one.reservations for one in ledger.environments.values() if one.reservations]
+    protected = Budget(
+        cpus=sum(budget.cpus or 0 for budget in reserved), memory=sum(budget.memory or 0 for budget in reserved)
+    )
     told = {}
     for environment in ledger.environments.values():
         slice_ = Slice(
@@ -34,6 +38,7 @@ def build() -> None:
                 cgroup_version=facts.cgroup_version,
                 capacity_cpus=ledger.capacity.cpus,
                 system_cpus=ledger.system.cpus or 0.0,
+                protected=protected,
                 host=facts.address,  # the machine that was asked, also when DOCKER_HOST named it
                 boot=BOOT_ID.read_text().strip() if facts.local else "",
             ),

@@ -94,6 +94,19 @@ def test_the_systemd_driver_gets_a_unit_since_raw_writes_are_undone_by_daemon_re
     assert "rm -f /etc/systemd/system/bulkhead-dev.slice" in delete
 
 
+def test_the_common_parent_slice_has_the_weight_and_the_memory_of_all_protected_environments() -> None:
+    unit = replace(PROD, driver="systemd", cgroup_version=2, protected=Budget(cpus=9, memory=10 * GIB))
+    parent = scripts(unit, "bulkhead-prod.slice")[0].splitlines()[:10]
+    assert parent[0].startswith("cat > /etc/systemd/system/bulkhead.slice")
+    assert {"CPUWeight=1500", f"MemoryLow={10 * GIB}"} <= set(parent)
+
+
+def test_a_slice_with_processes_is_never_stopped() -> None:
+    for driver, name in (("systemd", "bulkhead-dev.slice"), ("cgroupfs", "/bulkhead-dev")):
+        _, delete = scripts(replace(DEV, driver=driver), name)
+        assert "still holds processes: stop them first: make down" in delete
+
+
 def test_a_unit_with_a_quota_gives_it_in_percent_of_one_cpu() -> None:
     half = replace(DEV, driver="systemd", limits=Budget(cpus=6, memory=GIB, pids=1))
     assert "CPUQuota=600%" in scripts(half, "bulkhead-dev.slice")[0].splitlines()
