@@ -110,7 +110,7 @@ REFUSED = {
     "secrets encrypted as a whole": (
         ("    DB_PASSWORD: {secure: v1:abc}", "    secure: v1:abc"),
         "Pulumi.prod.yaml:5: bulkhead:secrets: encrypted as a whole, so its names cannot be read. "
-        "Set each secret with `pulumi config set --secret --path 'bulkhead:secrets.NAME'`.",
+        "Set each secret with `make pulumi ARGS=\"config set --secret --path 'bulkhead:secrets.NAME'\"`.",
     ),
     "a name that is variable and secret": (
         ("LOG_LEVEL", "DB_PASSWORD"),
