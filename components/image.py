@@ -20,7 +20,7 @@ class ImageArgs:
     """Exactly one of `image` (a reference) and `build`.
 
     `cgroup_parent`: the environment's slice: a build of dev's must not slow prod either. `legacy_builder`: build
-    without BuildKit, which before engine 23.0 ignores the cgroup parent.
+    through the engine's API instead of buildx. Engine 20.10 heeds the cgroup parent on neither way.
     """
 
     environment: str
