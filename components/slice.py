@@ -80,6 +80,12 @@ def cpu_ratio(args: SliceArgs) -> float | None:
     return args.reservations.cpus / system_share(args)
 
 
+def cpu_weight(args: SliceArgs) -> int:
+    """The environment's `cpu.weight`, as the kernel (v2) and systemd spell it."""
+    ratio = cpu_ratio(args)
+    return MIN_WEIGHT if ratio is None else clamp(SYSTEM_WEIGHT * ratio, MIN_WEIGHT, MAX_WEIGHT)
+
+
 def system_share(args: SliceArgs) -> float:
     """The system's CPUs; at least a hundredth of the machine, so that a weight has something to stand to."""
     return max(args.system_cpus, 0.01 * args.capacity_cpus)
@@ -113,12 +119,10 @@ def v1_files(args: SliceArgs) -> Mapping[str, str]:
 
 def v2_files(args: SliceArgs) -> Mapping[str, str]:
     """cgroup v2 files and their values; `memory.low` is what reclaim leaves a protected environment."""
-    ratio = cpu_ratio(args)
-    weight = MIN_WEIGHT if ratio is None else clamp(SYSTEM_WEIGHT * ratio, MIN_WEIGHT, MAX_WEIGHT)
     quota = cpu_quota(args)
     memory = memory_limit(args)
     return {
-        "cpu.weight": str(weight),
+        "cpu.weight": str(cpu_weight(args)),
         "cpu.max": f"{'max' if quota is None else quota} {CFS_PERIOD_US}",
         "memory.low": str(memory_low(args)),
         "memory.max": "max" if memory is None else str(memory),
@@ -162,13 +166,11 @@ def cgroupfs_scripts(files: Mapping[str, str], parent: str, version: int) -> tup
 
 def systemd_scripts(args: SliceArgs, unit: str) -> tuple[str, str]:
     """Scripts that install and remove a slice unit: raw writes would be undone by `systemctl daemon-reload`."""
-    ratio = cpu_ratio(args)
-    weight = MIN_WEIGHT if ratio is None else clamp(SYSTEM_WEIGHT * ratio, MIN_WEIGHT, MAX_WEIGHT)
     quota = cpu_quota(args)
     memory = memory_limit(args)
     properties = {
         "CPUAccounting": "yes",
-        "CPUWeight": str(weight),
+        "CPUWeight": str(cpu_weight(args)),
         "CPUQuota": "" if quota is None else f"{quota * 100 // CFS_PERIOD_US}%",
         "MemoryAccounting": "yes",
         "MemoryLow": str(memory_low(args)),
