@@ -1,5 +1,6 @@
 # Bulkhead's commands. Each is thin: set-up is engine/setup.py, everything else is `python -m cli` in .venv.
-# `make help` lists them. Variables: ENV="prod dev" (all if empty), POLICY_PACK (default: policies), ARGS.
+# `make help` lists them. Variables: ENV="prod dev" (all if empty), POLICY_PACK (default: policies),
+# POLICY_CONFIG (default: policy-config.json beside the pack, if it is there), ARGS.
 
 SHELL := /bin/sh
 SETUP := engine/bootstrap.sh
@@ -10,8 +11,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup up preview drift down plan doctor pulumi test test-engine lint lint-workflows format bench diagram \
-	engine-start engine-stop clean
+.PHONY: help setup up preview report drift down plan doctor pulumi test test-engine lint lint-workflows format bench \
+	diagram engine-start engine-stop clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,10 @@ up: setup ## Deploy host and environments, as far as they differ: make up ENV=de
 preview: ## Show what would change, through the policies; changes nothing
 	@$(SETUP) preview
 	@$(CLI) preview $(ENV)
+
+report: ## Every verdict of the policies, in .bulkhead/report: text, JSON, JUnit, SARIF; changes nothing
+	@$(SETUP) preview
+	@$(CLI) report $(ENV) $(ARGS)
 
 drift: ## Compare the state with the engine; fails on any difference
 	@$(SETUP) preview

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import deploy, diagram, doctor, order, plan
+from cli import deploy, diagram, doctor, order, plan, report
 from cli.pulumi import Pulumi, PulumiError
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / ".bulkhead" / "report"
 
 app = typer.Typer(
     help="Production and development on one Docker host, watertight.",
@@ -33,8 +34,8 @@ Environments = Annotated[
 def up(environments: Environments = None) -> None:
     """Deploy what differs: host first, then protected environments, then the others."""
     stacks = order.read(ROOT, environments or ())
-    pulumi = Pulumi.of(ROOT)
-    raise typer.Exit(deploy.up(pulumi, stacks, deploy.policy_pack(ROOT, os.environ), console))
+    pack = deploy.policy_pack(ROOT, os.environ)
+    raise typer.Exit(deploy.up(Pulumi.of(ROOT), stacks, pack, console))
 
 
 @app.command()
@@ -44,9 +45,19 @@ def preview(
 ) -> None:
     """Show what would change, through the policies. Fails if a stack's preview does."""
     stacks = order.read(ROOT, environments or ())
-    pulumi = Pulumi.of(ROOT)
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(deploy.preview(pulumi, stacks, pack, console, drift=drift))
+    raise typer.Exit(deploy.preview(Pulumi.of(ROOT), stacks, pack, console, drift=drift))
+
+
+@app.command(name="report")
+def write_report(
+    environments: Environments = None,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write to.")] = REPORT,
+) -> None:
+    """Every verdict of the policies as text, JSON, JUnit and SARIF. Fails on a violation or a failed preview."""
+    stacks = order.read(ROOT, environments or ())
+    pack = deploy.policy_pack(ROOT, os.environ)
+    raise typer.Exit(report.write(Pulumi.of(ROOT), stacks, pack, output, console))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cli import previews
+from cli import policyconfig, previews
 from cli.order import HOST, Stacks
 from cli.previews import Outcome, Preview
 from cli.pulumi import Pulumi, PulumiError
@@ -19,12 +19,20 @@ STRICT = "--expect-no-changes"  # Pulumi's own word on whether a deploy can be l
 RETRY_UP = "See the error above; correct it, then make up again"
 
 
-def policy_pack(root: Path, variables: Mapping[str, str]) -> str:
-    """The pack that every preview and deploy goes through: POLICY_PACK, else the checkout's own."""
-    return variables.get("POLICY_PACK") or str(root / "policies")
+def policy_pack(root: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
+    """Pulumi's options for the pack that every preview and deploy goes through: POLICY_PACK, else the checkout's own.
+
+    Its config goes with it, where there is one. SettingsError for a config that does not fit the pack.
+    """
+    pack = root / (variables.get("POLICY_PACK") or "policies")
+    config = policyconfig.find(pack, root, variables)
+    if config is None:
+        return ("--policy-pack", str(pack))
+    policyconfig.check(config, pack)
+    return ("--policy-pack", str(pack), "--policy-pack-config", str(config))
 
 
-def up(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console) -> int:
+def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Console) -> int:
     """Deploy what differs: host first, protected environments next. Stops at the first stack that fails.
 
     Stacks without changes are found by previews, some at a time, since a deploy of each would take longer. A violation
@@ -101,7 +109,12 @@ def protects(resources: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _apply(
-    name: str, found: Mapping[str, Preview], known: Collection[str], pulumi: Pulumi, pack: str, console: Console
+    name: str,
+    found: Mapping[str, Preview],
+    known: Collection[str],
+    pulumi: Pulumi,
+    pack: Sequence[str],
+    console: Console,
 ) -> bool:
     preview = found.get(name)
     if preview and preview.outcome is Outcome.UNCHANGED:
@@ -114,7 +127,7 @@ def _apply(
     if name not in known:
         pulumi.create(name)
     # Its own preview is the gate: policies see every resource of the stack before one of them is created.
-    return pulumi.run("up", "--yes", "--stack", name, "--policy-pack", pack) == 0
+    return pulumi.run("up", "--yes", "--stack", name, *pack) == 0
 
 
 def _stopped(text: str, console: Console) -> int:
@@ -127,10 +140,31 @@ def _say_without_file(stacks: Stacks, console: Console) -> None:
         console.print(f"{name}: in the ledger, but Pulumi.{name}.yaml is missing: left out", style="yellow")
 
 
-def preview(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console, *, drift: bool = False) -> int:
+def preview(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Console, *, drift: bool = False) -> int:
     """Show what `up` would do to every stack; 1 if any preview fails or violates a policy.
 
     `drift`: compare with the engine too, and fail on any difference.
+    """
+    found = previewed(pulumi, stacks, pack, console, [STRICT, "--refresh"] if drift else [])
+    for one in found.values():
+        if one.outcome is not Outcome.UNCHANGED:
+            previews.show(one, console)
+    console.print(previews.table(found.values()))
+    bad = {Outcome.FAILED, Outcome.CHANGED} if drift else {Outcome.FAILED}
+    return int(any(one.outcome in bad for one in found.values()))
+
+
+def previewed(
+    pulumi: Pulumi,
+    stacks: Stacks,
+    pack: Sequence[str],
+    console: Console,
+    options: Sequence[str] = (),
+    variables: Mapping[str, Mapping[str, str]] = {},
+) -> dict[str, Preview]:
+    """The preview of every stack, in deploy order; one that is not possible yet has failed and says why.
+
+    `options` and `variables` are those of `previews.run`.
     """
     _say_without_file(stacks, console)
     resources = pulumi.stacks()
@@ -139,16 +173,9 @@ def preview(pulumi: Pulumi, stacks: Stacks, pack: str, console: Console, *, drif
     for name in possible:
         if name not in resources:
             pulumi.create(name)
-    found = previews.run(pulumi, possible, pack, console, [STRICT, "--refresh"] if drift else [])
-    for name in stacks.names:
-        if name not in possible:
-            waiting = "The host stack is not deployed, and its outputs are needed. Next step: make up"
-            found[name] = Preview(name, Outcome.FAILED, "", 0, waiting)
-        if found[name].outcome is not Outcome.UNCHANGED:
-            previews.show(found[name], console)
-    console.print(previews.table(found[name] for name in stacks.names))
-    bad = {Outcome.FAILED, Outcome.CHANGED} if drift else {Outcome.FAILED}
-    return int(any(one.outcome in bad for one in found.values()))
+    found = previews.run(pulumi, possible, pack, console, options, variables)
+    waiting = "The host stack is not deployed, and its outputs are needed. Next step: make up"
+    return {name: found.get(name) or Preview(name, Outcome.FAILED, "", 0, waiting) for name in stacks.names}
 
 
 def down(

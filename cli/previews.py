@@ -51,14 +51,23 @@ def classify(stack: str, result: Result) -> Preview:
 
 
 def run(
-    pulumi: Pulumi, stacks: Sequence[str], pack: str, console: Console, options: Sequence[str] = ()
+    pulumi: Pulumi,
+    stacks: Sequence[str],
+    pack: Sequence[str],
+    console: Console,
+    options: Sequence[str] = (),
+    variables: Mapping[str, Mapping[str, str]] = {},
 ) -> dict[str, Preview]:
-    """Preview the stacks, some at a time, with a progress line. Nothing on the engine changes."""
+    """Preview the stacks, some at a time, with a progress line. Nothing on the engine changes.
+
+    `pack`: the options that name the policy pack. `variables`: further ones for Pulumi, by stack.
+    """
     colour = "always" if console.is_terminal else "never"
-    arguments = ("--policy-pack", pack, "--non-interactive", "--color", colour, *options)
+    arguments = (*pack, "--non-interactive", "--color", colour, *options)
 
     def one(stack: str) -> Preview:
-        return classify(stack, pulumi.capture("preview", "--stack", stack, *arguments))
+        more = variables.get(stack, {})
+        return classify(stack, pulumi.capture("preview", "--stack", stack, *arguments, variables=more))
 
     return concurrently({stack: lambda stack=stack: one(stack) for stack in stacks}, console)  # type: ignore[misc]
 

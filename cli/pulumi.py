@@ -199,12 +199,12 @@ class Pulumi:
             raise PulumiError(self._disk_full())
         return code
 
-    def capture(self, *arguments: str) -> Result:
-        """Exit code and output of a run that asks nothing."""
+    def capture(self, *arguments: str, variables: Mapping[str, str] = {}) -> Result:
+        """Exit code and output of a run that asks nothing. `variables`: further ones, for this run."""
         try:
             done = subprocess.run(
                 self._command(arguments),
-                env=self.variables,
+                env={**self.variables, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

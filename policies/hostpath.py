@@ -17,6 +17,27 @@ MOUNTS = {
 LINKS = {"volumes.volumeName": {VOLUME: "{}"}, "mounts.source": {VOLUME: "{}"}}
 """A name that is unknown at preview, but is a volume's of this stack, is no path."""
 
+SOCKETS = (
+    "/run/docker.sock",
+    "/run/user/*/docker.sock",
+    "/run/containerd/containerd.sock",
+    "/run/podman/podman.sock",
+    "/run/user/*/podman/podman.sock",
+    "/run/crio/crio.sock",
+    "/run/buildkit/buildkitd.sock",
+)
+"""Where engines listen. /var/run is /run."""
+
+SOCKET_NAMES = frozenset(socket.rpartition("/")[2] for socket in SOCKETS)
+
+ENGINE_DATA = (
+    "/var/lib/docker",
+    "/var/lib/containerd",
+    "/home/*/.local/share/docker",
+    "/root/.local/share/docker",
+)
+"""Where an engine keeps every environment's volumes, layers and container files."""
+
 # (what a path begins with, what that is): /var/run links to /run, and a process's root and cwd lead back to /.
 ALIASES = (
     (re.compile(r"/var/run(?=/|$)"), "/run"),
@@ -58,3 +79,9 @@ def opened(field: Field) -> Iterator[str]:
         yield from (part for part in re.split(r"[,=:]", value) if "/" in part)
     elif value.startswith("/"):
         yield value
+
+
+def socket_in(path: str) -> str | None:
+    """The engine's socket that a mount of `path` opens: by its place, or by its name wherever it was moved to."""
+    place = overlaps(path, SOCKETS)
+    return place or ("an engine socket" if normal(path).rpartition("/")[2] in SOCKET_NAMES else None)

@@ -1,13 +1,16 @@
 """Reach: no container gets to another environment's network, addresses, namespaces, volumes or names.
 Who owns a name is told by its prefix, the longest environment of the ledger that it begins with."""
 
-from collections.abc import Iterator
-from ipaddress import ip_network
+import re
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any
 
-from policies.hostpath import LINKS, MOUNTS, opened, overlaps
-from policies.rule import EVERYWHERE, OPEN, Finding, Open, Subject, rule
-from policies.world import CONTAINER, NETWORK, VOLUME, Field
-from settings.ledger import Tier
+from policies.hostpath import ENGINE_DATA, LINKS, MOUNTS, opened, overlaps
+from policies.rule import BEST_EFFORT, EVERYWHERE, OPEN, PROTECTED, Finding, Open, Subject, UndecidedError, rule
+from policies.wire import UNKNOWN
+from policies.world import CONTAINER, HOST, IMAGE, NETWORK, PROVIDER, PUSHED, STACK, TAG, VOLUME, Field
+from settings.ledger import Environment, Tier
 
 SHARED_NETWORKS = frozenset({"", "bridge", "default"})
 """What the engine calls its default network, and what it takes when nothing is named."""
@@ -15,15 +18,10 @@ SHARED_NETWORKS = frozenset({"", "bridge", "default"})
 JOINS = "container:"
 NAMED = "{}"
 
-ENGINE_DATA = (
-    "/var/lib/docker",
-    "/var/lib/containerd",
-    "/home/*/.local/share/docker",
-    "/root/.local/share/docker",
-)
-"""Where an engine keeps every environment's volumes, layers and container files."""
-
 DISKS = ("/dev",)
+
+LOCAL_IMAGES = "bulkhead/"
+"""What images that are built here are named under."""
 
 
 @rule(
@@ -89,27 +87,22 @@ def _unowned(name: str, kind: str, consequence: str, about: Subject) -> Iterator
 
 @rule(
     id="namespace-reach",
-    title="containers join no namespace of the host and none of another environment's containers",
-    references=("PSS baseline: Host Namespaces", "CIS 5.10", "CIS 5.16", "CIS 5.17", "CIS 5.31"),
-    reads={CONTAINER: ("networkMode", "pidMode", "ipcMode", "usernsMode")},
+    title="containers join no namespace of another environment's containers",
+    references=("PSS baseline: Host Namespaces", "dev to prod through a shared namespace"),
+    reads={CONTAINER: ("networkMode", "pidMode", "ipcMode")},
     links={
         "networkMode": {NETWORK: NAMED, CONTAINER: JOINS + NAMED},
         "pidMode": {CONTAINER: JOINS + NAMED},
         "ipcMode": {CONTAINER: JOINS + NAMED},
     },
+    tiers=EVERYWHERE,
 )
 def namespace_reach(field: Field, about: Subject) -> Iterator[Finding | Open]:
-    """A namespace of the host is refused to best-effort environments; one of another environment to all."""
+    """`container:` makes it part of that container. The host's own namespaces are host-namespaces'."""
     mode = str(field.value or "")
     if mode.startswith(JOINS):
         container = mode.removeprefix(JOINS).lstrip("/")
         yield from _reach(container, CONTAINER, "in its namespace it would be part of it", about)
-    elif mode == "host" and about.own and about.own.tier is Tier.BEST_EFFORT:
-        yield Finding(
-            "'host'",
-            "in the host's own namespace it sees and reaches every environment",
-            f"remove it, so that the container gets a namespace within {about.own.name}",
-        )
 
 
 @rule(
@@ -189,26 +182,322 @@ def own_names(field: Field, about: Subject) -> Iterator[Finding]:
 
 @rule(
     id="own-subnet",
-    title="networks use no address of another environment",
-    references=("dev to prod by address",),
-    reads={NETWORK: ("ipamConfigs.subnet",)},
+    title="networks take their addresses from their own environment's range",
+    references=("dev to prod by address", "overlapping subnets"),
+    reads={NETWORK: ()},
     tiers=EVERYWHERE,
 )
-def own_subnet(field: Field, about: Subject) -> Iterator[Finding]:
-    """The ledger's ranges are IPv4, so an IPv6 subnet overlaps none."""
-    if not field.value:
-        return
-    try:
-        subnet = ip_network(str(field.value), strict=False)
-    except ValueError:
+def own_subnet(_field: Field, about: Subject) -> Iterator[Finding]:
+    """IPv4 and IPv6, every pool. Left to the engine, it takes addresses that no firewall rule knows."""
+    if about.one("ipamDriver") not in (None, "", "default"):
         yield Finding(
-            repr(field.value), "it is no subnet, so nobody knows whose addresses it takes", "write it as a.b.c.d/n"
+            repr(about.one("ipamDriver")),
+            "another address driver hands out what it likes",
+            "remove it, and write a subnet",
+            at="ipamDriver",
         )
+    written = [(path, str(value)) for path, value in about.resource.fields("ipamConfigs.subnet") if value]
+    if any(value is UNKNOWN for _, value in about.resource.fields("ipamConfigs.subnet")):
+        raise UndecidedError
+    versions = set()
+    for path, text in written:
+        try:
+            subnet = ip_network(text, strict=False)
+        except ValueError:
+            yield Finding(
+                repr(text),
+                "it is no subnet, so nobody knows whose addresses it takes",
+                "write it as a.b.c.d/n",
+                at=path,
+            )
+            continue
+        versions.add(subnet.version)
+        yield from _outside(subnet, path, about)
+    wanted = {4} | ({6} if about.one("ipv6") else set())
+    if about.own is None or (written and not versions):
         return
-    for other in about.ledger.environments.values():
-        if other != about.own and subnet.version == 4 and subnet.overlaps(other.subnet):
+    for version in sorted(wanted - versions):
+        yield Finding(
+            f"no IPv{version} subnet",
+            "the engine would choose addresses from its own pools, which are in no environment's range",
+            f"write a subnet in {_range(about.own, version) or 'a subnet6 of the environment in the ledger'}",
+            at="ipamConfigs",
+        )
+
+
+def _range(environment: Environment, version: int) -> IPv4Network | IPv6Network | None:
+    return environment.subnet if version == 4 else environment.subnet6
+
+
+def _inside(subnet: IPv4Network | IPv6Network, range_: IPv4Network | IPv6Network) -> bool:
+    first, last = int(subnet.network_address), int(subnet.broadcast_address)
+    return int(range_.network_address) <= first and last <= int(range_.broadcast_address)
+
+
+def _outside(subnet: IPv4Network | IPv6Network, path: str, about: Subject) -> Iterator[Finding]:
+    """What is wrong with a subnet: another environment's addresses, or ones outside its own environment's range."""
+    for other in about.others:
+        taken = _range(other, subnet.version)
+        if taken is not None and subnet.overlaps(taken):
+            yield Finding(
+                repr(str(subnet)),
+                f"it overlaps {taken} of {other.name}: firewall rules could not tell them apart",
+                f"take a part of {_range(about.own, subnet.version)}"
+                if about.own
+                else "take addresses outside every environment's",
+                at=path,
+            )
+            return
+    own = _range(about.own, subnet.version) if about.own else None
+    if about.own and (own is None or not _inside(subnet, own)):
+        yield Finding(
+            repr(str(subnet)),
+            f"it is outside {own or 'every IPv6 range that the ledger gives'}: no firewall rule covers it",
+            f"take a part of {own}" if own else f"give {about.own.name} a subnet6 in the ledger, and take a part of it",
+            at=path,
+        )
+
+
+@rule(
+    id="network-driver",
+    title="networks are bridges of this host",
+    references=("macvlan, ipvlan and overlay networks are reached from outside their bridge", "CIS 5.30"),
+    reads={NETWORK: ("driver", "attachable", "ingress")},
+    tiers=EVERYWHERE,
+)
+def network_driver(field: Field, _about: Subject) -> Iterator[Finding]:
+    """macvlan and ipvlan share a parent interface with others; attachable overlays take in whoever asks."""
+    if field.path == "driver":
+        if field.value not in (None, "", "bridge"):
             yield Finding(
                 repr(field.value),
-                f"it overlaps {other.subnet} of {other.name}: firewall rules could not tell them apart",
-                f"take a part of {about.own.subnet}" if about.own else "take addresses outside every environment's",
+                "such a network is no bridge of its own: others may share what is beneath it",
+                "use the bridge driver",
+            )
+    elif field.value:
+        yield Finding(
+            "true",
+            "containers from outside this stack can be attached to it",
+            "remove it; it is meant for Swarm",
+        )
+
+
+@rule(
+    id="network-options",
+    title="networks have only options that keep them closed",
+    references=("gateway modes routed and nat-unprotected", "trusted_host_interfaces", "reuse of a bridge"),
+    reads={NETWORK: ("options.*",)},
+    tiers=EVERYWHERE,
+)
+def network_options(field: Field, about: Subject) -> Iterator[Finding]:
+    """A list of what is known to be harmless: an option that a later engine brings is refused until it is read."""
+    name = field.path.removeprefix("options.")
+    value = str(field.value)
+    allowed = BRIDGE_OPTIONS.get(name)
+    own_bridge = name == "com.docker.network.bridge.name" and value.startswith(f"{about.resource.stack}-")
+    if not own_bridge and (allowed is None or not allowed.fullmatch(value)):
+        yield Finding(
+            f"{name.rpartition('.')[2]}={value}",
+            "it can open the network's containers to other networks, or join another environment's bridge",
+            f"remove it (a bridge's name begins with {about.resource.stack}-)",
+        )
+
+
+ANYTHING = re.compile(r".*")
+BRIDGE_OPTIONS: Mapping[str, re.Pattern[str]] = {
+    "com.docker.network.driver.mtu": ANYTHING,
+    "com.docker.network.container_iface_prefix": ANYTHING,
+    "com.docker.network.bridge.enable_icc": ANYTHING,
+    "com.docker.network.bridge.enable_ip_masquerade": ANYTHING,
+    "com.docker.network.bridge.gateway_mode_ipv4": re.compile("nat|isolated"),
+    "com.docker.network.bridge.gateway_mode_ipv6": re.compile("nat|isolated"),
+    "com.docker.network.bridge.host_binding_ipv4": re.compile(r"127\.[0-9.]+"),
+}
+"""Options of the bridge driver, and the values of each with which nobody else gets in."""
+
+
+def _loopback(address: Any) -> bool:
+    try:
+        return ip_address(str(address)).is_loopback
+    except ValueError:
+        return False
+
+
+def _public(field: Field) -> str:
+    """The address that a port is published on, unless it is loopback; of `publishAllPorts`, what it means."""
+    if field.path == "publishAllPorts":
+        return "every port of the image" if field.value else ""
+    return "" if _loopback(field.value) else repr(field.value or "all addresses")
+
+
+@rule(
+    id="public-ports",
+    title="a best-effort environment publishes on loopback only",
+    references=("CIS 5.14", "databases bound to all addresses"),
+    reads={CONTAINER: ("ports.ip", "publishAllPorts")},
+    tiers=BEST_EFFORT,
+    exemptable=BEST_EFFORT,
+)
+def public_ports(field: Field, _about: Subject) -> Iterator[Finding]:
+    """What dev publishes on all addresses, the internet reaches, past most host firewalls."""
+    if public := _public(field):
+        yield Finding(
+            public,
+            "whoever reaches the machine reaches it, past the host's own firewall",
+            "publish it on 127.0.0.1 (and come through SSH: ssh -L)",
+        )
+
+
+@rule(
+    id="gateway-ports",
+    title="what a protected environment publishes is not reached from other environments",
+    references=("CIS 5.14", "a published port is reachable through every gateway address of the host"),
+    reads={CONTAINER: ("ports.ip", "publishAllPorts")},
+    tiers=PROTECTED,
+    exemptable=PROTECTED,
+)
+def gateway_ports(field: Field, about: Subject) -> Iterator[Finding]:
+    """DOCKER-USER does not stop it; the host's own table does, and then the host stack says so (`firewall`)."""
+    public = _public(field)
+    if not public:
+        return
+    covered = (about.whole().host or {}).get("firewall")
+    if not (isinstance(covered, Mapping) and about.resource.stack in (covered.get("environments") or ())):
+        yield Finding(
+            public,
+            "containers of best-effort environments reach it through any gateway address of the host, and the host "
+            "stack has no firewall table that stops them",
+            "publish it on 127.0.0.1 behind the host's own proxy, or exempt it with a reason if all the world may "
+            "reach it anyway",
+        )
+
+
+@rule(
+    id="address-reach",
+    title="containers are told no address of another environment or of the host",
+    references=("extra_hosts naming prod or host-gateway", "dev to prod by address"),
+    reads={
+        CONTAINER: (
+            "hosts.ip",
+            "hosts.host",
+            "dns",
+            "networksAdvanced.ipv4Address",
+            "networksAdvanced.ipv6Address",
+        ),
+        IMAGE: ("build.extraHosts",),
+    },
+    tiers=EVERYWHERE,
+)
+def address_reach(field: Field, about: Subject) -> Iterator[Finding]:
+    """Nothing needs another environment's address but who wants to reach it."""
+    if not field.value:
+        return
+    text = str(field.value)
+    name, _, address = text.replace("=", ":", 1).partition(":")  # `db:10.81.0.3`, as builds have it
+    for word in (text, name, address):
+        other = _owner_of(word.strip("[]"), about)
+        if word == "host-gateway" or (other and about.own is not None):
+            yield Finding(
+                repr(text),
+                f"it leads to {other or 'the host itself, and what every environment publishes there'}",
+                "remove it; services of one environment find each other by their names",
+            )
+            return
+
+
+def _owner_of(word: str, about: Subject) -> str:
+    """The other environment that an address or a host's name belongs to."""
+    try:
+        address = ip_address(word)
+    except ValueError:
+        owner = about.world.owner(word)
+        return owner.name if owner and owner != about.own else ""
+    for other in about.others:
+        taken = _range(other, address.version)
+        if taken is not None and address in taken:
+            return other.name
+    return ""
+
+
+def naming(text: Any, about: Subject) -> str:
+    """The protected environment, other than its own, that a path, an image or a user is named after."""
+    words = re.split(r"[^a-z0-9-]+", str(text).lower())
+    for word in words:
+        owner = about.world.owner(f"{word}-")
+        if owner and owner != about.own and owner.tier is Tier.PROTECTED:
+            return owner.name
+    return ""
+
+
+@rule(
+    id="image-owner",
+    title="images, tags and build caches bear no other environment's name",
+    references=("an image built as prod's is run by prod", "prod's build cache"),
+    reads={
+        IMAGE: ("name", "build.tags", "build.cacheFroms", "build.cacheTos"),
+        TAG: ("targetImage", "sourceImage"),
+        PUSHED: ("name",),
+    },
+    tiers=EVERYWHERE,
+)
+def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
+    """`bulkhead/prod-api:…` is prod's: built or tagged by dev, prod would run it; pulled, dev would read it."""
+    text = str(field.value or "").partition("@")[0]
+    for part in re.split(r"[/,=\s]", text):
+        owner = about.world.owner(part.partition(":")[0] + "-")
+        ours = text.startswith(LOCAL_IMAGES) or (owner is not None and owner.tier is Tier.PROTECTED)
+        if owner and owner != about.own and about.own is not None and ours:
+            yield Finding(
+                repr(text),
+                f"images and caches of that name are {owner.name}'s: written, {owner.name} would run what was built "
+                "here; read, its files are open",
+                f"name it {about.resource.stack}-…",
+            )
+            return
+
+
+@rule(
+    id="foreign-files",
+    title="no file or credential of a protected environment is used elsewhere",
+    references=("prod's secrets and configs", "a registry or build cache credential of prod in dev"),
+    reads={
+        CONTAINER: ("uploads.source",),
+        IMAGE: (
+            "build.context",
+            "build.additionalContexts",
+            "build.secrets.src",
+            "build.authConfigs.userName",
+            "build.authConfigs.hostName",
+            "build.authConfigs.serverAddress",
+        ),
+        PROVIDER: ("registryAuth.address", "registryAuth.username", "registryAuth.configFile"),
+    },
+    tiers=EVERYWHERE,
+)
+def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
+    """Told by the name: `secrets/prod/key`, `prod-deploy`. The value itself is not shown."""
+    owner = naming(field.value, about) if field.value and about.own is not None else ""
+    if owner:
+        yield Finding(
+            f"named after {owner}",
+            f"with {owner}'s files or credentials this environment can do what only {owner} may",
+            f"give {about.resource.stack} files and credentials of its own",
+        )
+
+
+@rule(
+    id="stack-reference",
+    title="an environment reads the outputs of the host's stack only",
+    references=("prod's outputs, and the secrets in them",),
+    reads={STACK: ()},
+)
+def stack_reference(_field: Field, about: Subject) -> Iterator[Finding]:
+    """Outputs of prod are addresses, names and perhaps secrets of prod."""
+    for reference in about.whole().references:
+        read = str(reference.props.get("name"))
+        if read.rpartition("/")[2] != HOST:
+            yield Finding(
+                f"StackReference {reference.name} to {read!r}",
+                "what that stack puts out, its secrets too, becomes part of this one",
+                "read the host stack only; what two environments share goes into the ledger",
             )

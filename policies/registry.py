@@ -3,12 +3,11 @@ A rule is registered by standing in its family's module."""
 
 from typing import Final
 
-from policies import escape, hardening, reach, reservation
+from policies import availability, escape, hardening, reach, reservation
 from policies.rule import Rule
 
-RULES: Final = tuple(
-    found
-    for family in (reservation, reach, hardening, escape)
-    for found in vars(family).values()
-    if isinstance(found, Rule)
-)
+FAMILIES: Final = (reservation, reach, hardening, availability, escape)
+
+RULES: Final = tuple(found for family in FAMILIES for found in vars(family).values() if isinstance(found, Rule))
+
+BY_ID: Final = {rule.id: rule for rule in RULES}

@@ -1,40 +1,33 @@
 """What the rules see: the ledger, one resource's inputs, and the graph of the stack that is deployed.
-Values are read through `fields`, which turns what is not known at preview into `UNKNOWN` instead of raising."""
+Values are read through `fields`, which finds what is set, unset and `UNKNOWN` at a pattern."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from pulumi_policy import PolicyResource
-from pulumi_policy.proxy import UnknownValueError
-
+from policies.wire import UNKNOWN, properties
 from settings.ledger import Environment, Ledger, LedgerSettings
 
 CONTAINER: Final = "docker:index/container:Container"
 NETWORK: Final = "docker:index/network:Network"
 VOLUME: Final = "docker:index/volume:Volume"
 IMAGE: Final = "docker:index/remoteImage:RemoteImage"
+TAG: Final = "docker:index/tag:Tag"
+PUSHED: Final = "docker:index/registryImage:RegistryImage"
 PROVIDER: Final = "pulumi:providers:docker"
 STACK: Final = "pulumi:pulumi:Stack"
+REFERENCE: Final = "pulumi:pulumi:StackReference"
+OURS: Final = "bulkhead:index:"
 
 HOST: Final = "host"
 """The stack of the machine itself. It is no environment."""
 
 BOUNDLESS: Final = {"cpus": 1e6, "memory": 2**60, "disk": 2**60}
 """Stands in for capacity that the ledger leaves to the engine, which the pack does not ask: percentages
-still add up, and absolute amounts are weighed at deploy, when the capacity is known."""
-
-
-class Unknown(Enum):
-    """The type of `UNKNOWN`, so that a type checker tells it from every value."""
-
-    UNKNOWN = "unknown at preview"
-
-
-UNKNOWN: Final = Unknown.UNKNOWN
+still add up, and absolute amounts are weighed with the capacity that the host stack has put out."""
 
 
 class Field(NamedTuple):
@@ -56,37 +49,35 @@ def fields(props: Mapping[str, Any], pattern: str) -> Iterator[Field]:
 def _walk(node: Any, keys: list[str], path: str) -> Iterator[Field]:
     if node is UNKNOWN:
         yield Field(path, UNKNOWN)
-    elif isinstance(node, Sequence) and not isinstance(node, str):
-        for index in range(len(node)):
-            yield from _walk(_at(node, index), keys, f"{path}[{index}]")
+    elif isinstance(node, list):
+        for index, one in enumerate(node):
+            yield from _walk(one, keys, f"{path}[{index}]")
     elif isinstance(node, Mapping):
         if not keys:  # a block where a plain value belongs: nobody knows what it means
             yield Field(path, UNKNOWN)
             return
         for key in node if keys[0] == "*" else keys[:1]:
-            yield from _walk(_at(node, key), keys[1:], f"{path}.{key}" if path else key)
+            yield from _walk(node.get(key), keys[1:], f"{path}.{key}" if path else key)
     elif not keys:
         yield Field(path, node)
 
 
-def _at(node: Any, key: str | int) -> Any:
-    """One element. The SDK's proxies raise on unknowns here (and in `in`, `get`, iteration: not used)."""
-    try:
-        return node[key]
-    except UnknownValueError:
-        return UNKNOWN
-    except KeyError:
-        return None
-
-
 @dataclass(frozen=True)
 class Resource:
-    """One resource of the deployment, with the inputs that its provider has checked (wire names)."""
+    """One resource of the deployment, with the inputs that its provider has checked (wire names).
+
+    `parent`: URN of the component it is a child of. `provider`: the inputs of its provider, None for a component.
+    `delete_before_replace`: as the program says, None where it leaves it to the provider.
+    """
 
     type: str
     name: str
     urn: str
     props: Mapping[str, Any]
+    parent: str = ""
+    provider: Mapping[str, Any] | None = None
+    protect: bool = False
+    delete_before_replace: bool | None = None
 
     @property
     def stack(self) -> str:
@@ -105,9 +96,11 @@ class World:
     `seen` holds the inputs of every resource that this stack manages: a resource that is only looked up
     (`Network.get`) is never analysed and so is not in it. `open` holds what a rule could not decide from one
     resource alone; `told`, which rule says of a resource that there is no ledger to judge it by.
+    `today`: UTC, against which exemptions expire.
     """
 
-    read_ledger: Callable[[], Ledger]
+    read_settings: Callable[[], LedgerSettings]
+    today: date = field(default_factory=lambda: datetime.now(UTC).date())
     seen: dict[str, Resource] = field(default_factory=dict)
     open: dict[str, set[str]] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)
@@ -115,34 +108,59 @@ class World:
     @classmethod
     def of(cls, file: Path) -> "World":
         """The world of a ledger file, which is read when the first rule asks for it."""
-        return cls(lambda: LedgerSettings.read(file).resolve(BOUNDLESS))
+        return cls(lambda: LedgerSettings.read(file))
+
+    @cached_property
+    def settings(self) -> LedgerSettings:
+        """The ledger as written. SettingsError when it cannot be read."""
+        return self.read_settings()
 
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger. SettingsError when it cannot be read or does not add up."""
-        return self.read_ledger()
+        return self.settings.resolve(BOUNDLESS)
+
+    def measured(self, graph: "Graph | None") -> Ledger | None:
+        """The ledger in absolute amounts; None as long as nobody has said what the machine has.
+
+        Capacity that the ledger leaves to the engine comes from the host stack's outputs, and so from the graph.
+        """
+        told = graph.host.get("capacity") if graph and graph.host else None
+        asked = {key: value for key, value in (told or {}).items() if isinstance(value, int | float)}
+        return self.settings.resolve(asked) if self.settings.missing_capacity <= asked.keys() else None
 
     def owner(self, name: str) -> Environment | None:
         """The environment whose name begins a network's, volume's or container's: `dev-alice` before `dev`."""
         owners = [one for one in self.ledger.environments.values() if name.startswith(f"{one.name}-")]
         return max(owners, key=lambda one: len(one.name), default=None)
 
+    def component(self, resource: Resource, kind: str) -> Resource | None:
+        """The nearest component `bulkhead:index:<kind>` that the resource is a child of."""
+        above = self.seen.get(resource.parent)
+        while above is not None and above.type != f"{OURS}{kind}":
+            above = self.seen.get(above.parent)
+        return above
+
 
 class Graph:
-    """The whole stack after its last resource was registered: who depends on whom, and the ids that are known."""
+    """The whole stack after its last resource was registered: who depends on whom, and the ids that are known.
 
-    def __init__(self, world: World, resources: Iterable[PolicyResource]) -> None:
+    `resources`: `pulumirpc.AnalyzerResource` messages, read only where a rule asks.
+    """
+
+    def __init__(self, world: World, resources: Sequence[Any]) -> None:
         self._world = world
         self._resources = {resource.urn: resource for resource in resources}
+        self._read: dict[str, Resource] = {}
 
     def behind(self, urn: str, path: str) -> list[Resource]:
         """The resources that the property at `path` was made from; a looked-up one with what is known of it."""
         resource = self._resources.get(urn)
-        sources = resource.property_dependencies.get(path.split(".")[0].split("[")[0], []) if resource else []
-        return [
-            self._world.seen.get(source.urn) or Resource(source.resource_type, source.name, source.urn, source.props)
-            for source in sources
-        ]
+        key = path.split(".")[0].split("[")[0]
+        if resource is None or key not in resource.propertyDependencies:
+            return []
+        sources = resource.propertyDependencies[key].urns
+        return [self._world.seen.get(source) or self._outputs(source) for source in sources]
 
     def creates(self, kind: str, reference: str) -> bool:
         """Whether this stack itself makes the `kind` of that name or id."""
@@ -154,6 +172,27 @@ class Graph:
         """The resources of a type that this stack makes."""
         return [mine for mine in self._world.seen.values() if mine.type == kind]
 
+    @cached_property
+    def references(self) -> list[Resource]:
+        """The stacks whose outputs the program reads."""
+        return [self._outputs(urn) for urn, one in self._resources.items() if one.type == REFERENCE]
+
+    @cached_property
+    def host(self) -> Mapping[str, Any] | None:
+        """The outputs of the host stack as deployed; None where the program does not read them or there are none."""
+        for reference in self.references:
+            outputs = reference.props.get("outputs")
+            if str(reference.props.get("name")).rpartition("/")[2] == HOST and isinstance(outputs, Mapping) and outputs:
+                return outputs
+        return None
+
+    def _outputs(self, urn: str) -> Resource:
+        if urn not in self._read:
+            one = self._resources.get(urn)
+            made = ("", "", {}) if one is None else (one.type, one.name, properties(one.properties))
+            self._read[urn] = Resource(made[0], made[1], urn, made[2])
+        return self._read[urn]
+
     def _ids(self, urn: str) -> Iterator[Field]:
         if urn in self._resources:
-            yield from fields(self._resources[urn].props, "id")
+            yield from fields(self._outputs(urn).props, "id")

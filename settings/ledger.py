@@ -5,13 +5,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from settings.errors import Frozen, Loc, SettingsError, did_you_mean, dotted, faults, sentence, together
+from settings.exemption import LedgerExemption
 from settings.units import NANO, Percent, format_bytes, parse_bytes, parse_cpus, parse_percent
 from settings.yamlfile import YamlFile
 
@@ -23,6 +24,9 @@ DEFAULT_PIDS = 4096
 
 PRIVATE = tuple(IPv4Network(block) for block in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
 """RFC 1918. `IPv4Network.is_private` also admits loopback, link-local and documentation ranges."""
+
+UNIQUE_LOCAL = IPv6Network("fc00::/7")
+"""RFC 4193."""
 
 NAME = re.compile(r"[a-z](?:-?[a-z0-9]){0,30}", re.ASCII)
 
@@ -70,10 +74,11 @@ class CapacitySettings(Frozen):
 
 
 class EnvironmentShares(Frozen):
-    """One environment as written in the ledger."""
+    """One environment as written in the ledger. `subnet6`: only where its networks have IPv6."""
 
     tier: Tier
     subnet: IPv4Network
+    subnet6: IPv6Network | None = None
     reservations: Shares | None = None
     limits: Limits | None = None
 
@@ -99,6 +104,23 @@ class EnvironmentShares(Frozen):
             raise ValueError(f"outside the private ranges; choose a network within {blocks}")
         if not 16 <= subnet.prefixlen <= 24:
             raise ValueError(f"prefix /{subnet.prefixlen}; choose one between /16 and /24")
+        return subnet
+
+    @field_validator("subnet6", mode="before")
+    @classmethod
+    def _unique_local(cls, written: object) -> IPv6Network | None:
+        if written is None:
+            return None
+        try:
+            subnet = IPv6Network(written if isinstance(written, str) else "")
+        except ValueError as error:
+            raise ValueError(
+                f"not an IPv6 network address with a prefix ({error or 'empty'}); write it like fd81::/48"
+            ) from None
+        if not subnet.subnet_of(UNIQUE_LOCAL) or not 40 <= subnet.prefixlen <= 64:
+            raise ValueError(
+                f"choose a network within {UNIQUE_LOCAL}, with a prefix between /40 and /64, as in fd81::/48"
+            )
         return subnet
 
     @model_validator(mode="after")
@@ -145,6 +167,7 @@ class Environment(Frozen):
     name: str
     tier: Tier
     subnet: IPv4Network
+    subnet6: IPv6Network | None = None
     reservations: Budget | None = None
     limits: Budget | None = None
 
@@ -247,17 +270,24 @@ def _environment_name(name: str) -> str:
     return name
 
 
-KEYS: Mapping[str, str] = {f"bulkhead:{name}": name for name in ("host", "capacity", "system", "environments")}
+KEYS: Mapping[str, str] = {
+    f"bulkhead:{name}": name for name in ("host", "capacity", "system", "environments", "exempt")
+}
 
 
 class LedgerSettings(Frozen):
-    """The ledger as written; `resolve` makes it absolute."""
+    """The ledger as written; `resolve` makes it absolute. `folder`: where its file is, which is the checkout.
+
+    `exempt`: exemptions from policies that judge the ledger itself.
+    """
 
     file: str = "Pulumi.host.yaml"
     host: str | None = None
     capacity: CapacitySettings = CapacitySettings()
     system: Shares = Shares()
     environments: Mapping[Annotated[str, AfterValidator(_environment_name)], EnvironmentShares] = Field(min_length=1)
+    exempt: tuple[LedgerExemption, ...] = ()
+    folder: Path = Path()
     lines: Mapping[Loc, int] = Field(default={}, repr=False, exclude=True)
 
     @field_validator("capacity", "system", mode="before")
@@ -296,7 +326,7 @@ class LedgerSettings(Frozen):
         written = {KEYS[key]: value for key, value in config.items() if key in KEYS}
         lines = {_inner(loc): line for loc, line in document.lines.items()}
         try:
-            settings = cls(file=document.name, lines=lines, **written)
+            settings = cls(file=document.name, folder=path.absolute().parent, lines=lines, **written)
         except ValidationError as error:
             raise together(faults(error, lambda *fault: _translated(document, *fault))) from None
         if overlaps := [settings._error(fault) for fault in _overlaps(settings.environments)]:
@@ -340,6 +370,7 @@ class LedgerSettings(Frozen):
                     name=name,
                     tier=written.tier,
                     subnet=written.subnet,
+                    subnet6=written.subnet6,
                     reservations=_budget(written.reservations, whole) if written.reservations else None,
                     limits=_budget(_with_ceilings(written.limits, written.tier), whole) if written.limits else None,
                 )
@@ -384,13 +415,15 @@ def _resolved(written: int | Percent | None, capacity: int) -> int | None:
 
 def _overlaps(environments: Mapping[str, EnvironmentShares]) -> Iterator[Faulty]:
     for (one, here), (other, there) in itertools.combinations(environments.items(), 2):
-        if here.subnet.overlaps(there.subnet):
-            yield Faulty(
-                ("environments", other, "subnet"),
-                str(there.subnet),
-                f"overlaps {here.subnet} of {one}",
-                "Give every environment addresses of its own.",
-            )
+        for key in ("subnet", "subnet6"):
+            mine, theirs = getattr(here, key), getattr(there, key)
+            if mine and theirs and mine.overlaps(theirs):
+                yield Faulty(
+                    ("environments", other, key),
+                    str(theirs),
+                    f"overlaps {mine} of {one}",
+                    "Give every environment addresses of its own.",
+                )
 
 
 def _contradictions(ledger: Ledger) -> Iterator[Faulty]:
@@ -476,6 +509,7 @@ _FIELDS: Mapping[str, Any] = {
     "system": Shares.model_fields,
     "reservations": Shares.model_fields,
     "limits": Limits.model_fields,
+    "exempt": LedgerExemption.model_fields,
 }
 
 

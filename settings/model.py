@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from settings.errors import Frozen, Loc, SettingsError
+from settings.exemption import Exemption
 from settings.remedies import REMEDIES, RESOLVED
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
@@ -229,10 +230,38 @@ class NoExtension(Frozen):
     """`x-bulkhead` where no key of it is supported yet."""
 
 
+class ServiceExtension(Frozen):
+    """`x-bulkhead` of a service. `exempt`: policy rules that it need not keep, and why."""
+
+    exempt: tuple[Exemption, ...] = ()
+
+
 class NetworkExtension(Frozen):
     """`x-bulkhead` of a network. `egress`: its services may reach out of the host."""
 
     egress: bool = False
+    exempt: tuple[Exemption, ...] = ()
+
+
+class Backup(Frozen):
+    """How a volume is to be backed up. `schedule` as systemd writes calendars: `daily`, `*-*-* 03:00`."""
+
+    engine: Literal["postgres", "redis", "files"]
+    schedule: str
+
+
+class VolumeExtension(Frozen):
+    """`x-bulkhead` of a volume. `ephemeral`: nobody would miss what is in it, so it is not backed up."""
+
+    backup: Backup | None = None
+    ephemeral: bool = False
+    exempt: tuple[Exemption, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> "VolumeExtension":
+        if self.backup is not None and self.ephemeral:
+            raise ValueError("both a backup and ephemeral; decide whether its data may be lost, and keep one of them")
+        return self
 
 
 class SecretExtension(Frozen):
@@ -286,7 +315,7 @@ class Service(Frozen):
     pid: str | None = None
     ipc: str | None = None
     privileged: bool = False
-    x_bulkhead: NoExtension = NoExtension()
+    x_bulkhead: ServiceExtension = ServiceExtension()
 
 
 _NETWORK_DEFAULTS = (("enable_ipv4", True), ("enable_ipv6", False))
@@ -326,7 +355,7 @@ class Volume(Frozen):
     driver: Literal["local"] = "local"
     driver_opts: Mapping[str, Text] = {}
     labels: Mapping[str, Text] = {}
-    x_bulkhead: NoExtension = NoExtension()
+    x_bulkhead: VolumeExtension = VolumeExtension()
 
 
 class Secret(Frozen):

@@ -31,14 +31,19 @@ class Sources:
 
     def at(self, loc: Loc) -> str:
         """`file:line` of the key at `loc`, or of the nearest parent that is written somewhere."""
+        found = self.find(loc)
+        return f"{found[0].name}:{found[1]}" if found else self.names
+
+    def find(self, loc: Loc) -> tuple[Path, int] | None:
+        """File and line of the key at `loc`, or of the nearest parent that is written somewhere; None if none is."""
         keys = loc[: next((index for index, part in enumerate(loc) if isinstance(part, int)), len(loc))]
         if len(keys) < len(loc) and sum(keys in file.lines for file in self._files) == 1:
             keys = loc  # one file holds the whole list, so merging has not moved its entries
         for length in range(len(keys), 0, -1):
             for file in self._files:
                 if keys[:length] in file.lines:
-                    return file.at(keys[:length])
-        return self.names
+                    return file.path, file.lines[keys[:length]]
+        return None
 
     def scalar(self, loc: Loc) -> str | None:
         """The value at `loc` as the last file that has it writes it; None for one that may be confidential."""

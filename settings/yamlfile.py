@@ -14,10 +14,10 @@ Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class YamlFile:
-    """One file: `name` as messages show it, `text`, `data` (plain values), `lines` (1-based, per key path)."""
+    """One file: `path`, `name` as messages show it, `text`, `data` (plain values), `lines` (1-based, per key path)."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.text = path.name, _text(path)
+        self.path, self.name, self.text = path, path.name, _text(path)
         self._root = _compose(self.name, self.text)
         self.lines: dict[Loc, int] = dict(_lines(self._root, (), self.name, set())) if self._root else {}
 

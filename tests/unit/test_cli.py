@@ -196,6 +196,12 @@ def test_output_and_exit_code_are_captured_and_the_checkout_is_named(root: Path)
     assert result == (3, f"--cwd {root} preview\nwrong\n")
 
 
+def test_a_run_can_have_variables_of_its_own(root: Path) -> None:
+    found = stand_in(root, 'echo "$BULKHEAD_VERDICTS$PULUMI_SKIP_UPDATE_CHECK"')
+    assert found.capture("preview", variables={"BULKHEAD_VERDICTS": "/v "}).output == "/v true\n"
+    assert found.capture("preview").output == "true\n"
+
+
 def test_what_pulumi_says_of_a_full_disk_gets_the_next_step(root: Path) -> None:
     result = stand_in(root, "echo 'write prod.json: no space left on device'; exit 255").capture("up")
     assert "free some space" in result.output
@@ -315,7 +321,7 @@ class Recorder(Pulumi):
         self.arguments = arguments
         return int(stack == self.fails)
 
-    def capture(self, *arguments: str) -> Result:
+    def capture(self, *arguments: str, variables: Mapping[str, str] = {}) -> Result:  # noqa: ARG002
         stack = arguments[2]
         self.previewed.append(stack)
         self.arguments = arguments
@@ -330,6 +336,7 @@ TIERS = {"prod": Tier.PROTECTED, "dev": Tier.BEST_EFFORT}
 ALL = Stacks(("host", "prod", "dev"), TIERS)
 SAME, OTHER, BAD = Result(0, NO_CHANGES), Result(255, CHANGES), Result(255, VIOLATION)
 DEPLOYED = {"host": 5, "prod": 9, "dev": 9}
+PACK = ("--policy-pack", "pack")
 
 
 @pytest.fixture
@@ -344,21 +351,21 @@ def shown(console: Console) -> str:
 
 def test_up_with_nothing_to_change_runs_no_deploy(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [SAME]})
-    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert deploy.up(recorder, ALL, PACK, console) == 0
     assert recorder.ran == []
     assert sorted(recorder.previewed) == ["dev", "host", "prod"]
 
 
 def test_up_deploys_only_what_differs(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
-    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert deploy.up(recorder, ALL, PACK, console) == 0
     assert recorder.ran == ["up dev"]
-    assert recorder.arguments[-2:] == ("--policy-pack", "pack")
+    assert recorder.arguments[-2:] == PACK
 
 
 def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console) -> None:
     recorder = Recorder({}, {})
-    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert deploy.up(recorder, ALL, PACK, console) == 0
     assert recorder.ran == ["up host", "up prod", "up dev"]
     assert recorder.created == ["host", "prod", "dev"]
 
@@ -366,20 +373,20 @@ def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console
 def test_a_changed_host_makes_the_environments_looked_at_again(console: Console) -> None:
     broken = Result(255, "error: the host stack promises nothing")
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME, OTHER], "dev": [broken, SAME]})
-    assert deploy.up(recorder, ALL, "pack", console) == 0
+    assert deploy.up(recorder, ALL, PACK, console) == 0
     assert recorder.ran == ["up host", "up prod"]
 
 
 def test_a_violation_stops_a_change_of_host_too(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME], "dev": [BAD]})
-    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert deploy.up(recorder, ALL, PACK, console) == 1
     assert recorder.ran == []
     assert "nothing was changed" in shown(console)
 
 
 def test_a_change_of_host_is_not_applied_by_the_way(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "dev": [OTHER]})
-    assert deploy.up(recorder, Stacks(("dev",), TIERS), "pack", console) == 1
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, console) == 1
     assert recorder.ran == []
     assert "make up ENV=host" in shown(console)
 
@@ -393,7 +400,7 @@ def test_a_deployed_environment_cannot_vanish_from_the_ledger(command: Any, cons
     recorder = Recorder({**DEPLOYED, "gone": 3}, {name: [SAME] for name in ("host", "prod", "dev")})
     recorder.state = {"gone": [CONTAINER]}
     with pytest.raises(PulumiError, match=r"gone is deployed with 1 containers.*make down ENV=gone"):
-        command(recorder, ALL, "pack", console)
+        command(recorder, ALL, PACK, console)
     assert recorder.ran == []
 
 
@@ -402,9 +409,9 @@ def test_a_protected_environment_cannot_lose_its_tier_by_an_edit(command: Any, c
     recorder = Recorder(DEPLOYED, {name: [SAME] for name in ("host", "prod", "dev")})
     recorder.state = {"dev": [KEPT]}
     with pytest.raises(PulumiError, match=r"dev was deployed as protected.*BULKHEAD_CONFIRM=dev"):
-        command(recorder, ALL, "pack", console)
+        command(recorder, ALL, PACK, console)
     recorder.variables = {"BULKHEAD_CONFIRM": "dev"}
-    assert command(recorder, ALL, "pack", console) == 0
+    assert command(recorder, ALL, PACK, console) == 0
 
 
 def test_down_asks_for_the_name_of_what_was_deployed_as_protected(console: Console) -> None:
@@ -420,7 +427,7 @@ def test_what_was_deployed_can_be_destroyed_whatever_the_checkout_has_of_it(chec
 
 def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [OTHER], "dev": [BAD]})
-    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert deploy.up(recorder, ALL, PACK, console) == 1
     assert recorder.ran == []
     assert "remove cpus" in shown(console)
     assert "nothing was changed" in shown(console)
@@ -428,32 +435,32 @@ def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(con
 
 def test_a_failing_host_stops_everything(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [BAD], "prod": [SAME], "dev": [SAME]})
-    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert deploy.up(recorder, ALL, PACK, console) == 1
     assert recorder.ran == []
 
 
 def test_a_deploy_that_fails_stops_and_names_what_was_not_touched(console: Console) -> None:
     recorder = Recorder({}, {}, fails="prod")
-    assert deploy.up(recorder, ALL, "pack", console) == 1
+    assert deploy.up(recorder, ALL, PACK, console) == 1
     assert recorder.ran == ["up host", "up prod"]
     assert "not touched: dev" in shown(console)
 
 
 def test_up_of_one_environment_looks_at_host_too(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "dev": [OTHER]})
-    assert deploy.up(recorder, Stacks(("dev",), TIERS), "pack", console) == 0
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, console) == 0
     assert recorder.ran == ["up dev"]
 
 
 def test_an_environment_without_a_settings_file_is_said(console: Console) -> None:
     recorder = Recorder({}, {})
-    deploy.up(recorder, Stacks(("host",), TIERS, ("staging",)), "pack", console)
+    deploy.up(recorder, Stacks(("host",), TIERS, ("staging",)), PACK, console)
     assert "Pulumi.staging.yaml is missing" in shown(console)
 
 
 def test_preview_goes_on_after_a_failure_and_sums_up(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [BAD], "dev": [OTHER]})
-    assert deploy.preview(recorder, ALL, "pack", console) == 1
+    assert deploy.preview(recorder, ALL, PACK, console) == 1
     assert sorted(recorder.previewed) == ["dev", "host", "prod"]
     assert "2 to create, 1 to update" in shown(console)
     assert recorder.ran == []
@@ -461,15 +468,15 @@ def test_preview_goes_on_after_a_failure_and_sums_up(console: Console) -> None:
 
 def test_preview_with_changes_is_no_failure_but_drift_is(console: Console) -> None:
     says = {"host": [SAME], "prod": [SAME], "dev": [OTHER]}
-    assert deploy.preview(Recorder(DEPLOYED, says), ALL, "pack", console) == 0
+    assert deploy.preview(Recorder(DEPLOYED, says), ALL, PACK, console) == 0
     recorder = Recorder(DEPLOYED, says)
-    assert deploy.preview(recorder, ALL, "pack", console, drift=True) == 1
+    assert deploy.preview(recorder, ALL, PACK, console, drift=True) == 1
     assert recorder.arguments[-1] == "--refresh"
 
 
 def test_preview_of_an_environment_before_host_is_deployed_names_the_next_step(console: Console) -> None:
     recorder = Recorder({}, {"host": [OTHER]})
-    assert deploy.preview(recorder, ALL, "pack", console) == 1
+    assert deploy.preview(recorder, ALL, PACK, console) == 1
     assert recorder.previewed == ["host"]
     assert "Next step: make up" in shown(console)
 
@@ -547,7 +554,7 @@ def test_kept_volumes_are_named_with_the_way_to_delete_them() -> None:
     ("given", "pack"), [({}, "/c/policies"), ({"POLICY_PACK": ""}, "/c/policies"), ({"POLICY_PACK": "/b"}, "/b")]
 )
 def test_the_policy_pack_can_come_from_elsewhere(given: Mapping[str, str], pack: str) -> None:
-    assert deploy.policy_pack(Path("/c"), given) == pack
+    assert deploy.policy_pack(Path("/c"), given) == ("--policy-pack", pack)
 
 
 # plan.

@@ -54,7 +54,7 @@ def test_every_command_is_a_make_target_git_or_gh(file: Path) -> None:
 def test_a_step_either_runs_or_uses_and_actions_are_pinned_to_a_commit(file: Path) -> None:
     for step in steps(file):
         assert ("run" in step) != ("uses" in step)
-        assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
+        assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+(/[\w-]+)?@[0-9a-f]{40}", step["uses"])
     assert len(re.findall(r"uses: .*@[0-9a-f]{40} # v\d", file.read_text())) == sum(
         "uses" in step for step in steps(file)
     )
@@ -87,10 +87,19 @@ def test_a_pull_request_is_judged_by_the_base_branchs_pack() -> None:
     file = ROOT / ".github/workflows/preview.yml"
     base = next(step for step in steps(file) if step.get("with", {}).get("path") == "base")
     assert base["with"]["ref"] == "${{ github.event.pull_request.base.sha }}"
-    previews = [command for command in commands(file) if " preview " in command]
-    assert len(previews) == 1
-    assert 'POLICY_PACK="$GITHUB_WORKSPACE/base/policies"' in previews[0]
+    for target in (" preview ", " report "):
+        judged = [command for command in commands(file) if target in command]
+        assert len(judged) == 1
+        assert 'POLICY_PACK="$GITHUB_WORKSPACE/base/policies"' in judged[0]
+    assert "POLICY_CONFIG" not in file.read_text()  # the one beside that pack counts
     assert list(workflow(file)[True]) == ["pull_request"]
+
+
+def test_violations_are_shown_by_a_job_that_runs_nothing_of_the_pull_request() -> None:
+    job = jobs(ROOT / ".github/workflows/preview.yml")["annotate"]
+    assert not any("run" in step or step["uses"].startswith("actions/checkout@") for step in job["steps"])
+    assert job["permissions"]["security-events"] == "write"
+    assert job["steps"][-1]["with"]["sarif_file"] == "report.sarif"
 
 
 def test_a_fork_gets_no_preview() -> None:
