@@ -11,8 +11,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup up preview report drift down plan doctor pulumi test test-engine lint lint-workflows format bench \
-	diagram engine-start engine-stop clean
+.PHONY: help setup up preview report drift down plan doctor pulumi test test-engine mutate lint lint-workflows format \
+	bench diagram engine-start engine-stop clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ test-engine: ## Vet and test the Go parts of the engine
 	@$(SETUP) test
 	@$(PYTHON) engine/build.py --check
 
+mutate: ## Change the rules step by step; fails on a change no fixture notices: make mutate ARGS='--module reach'
+	@$(SETUP) test
+	@$(PYTHON) -m tests.mutation $(ARGS)
+
 lint: ## Style, types and the direction of imports
 	@$(SETUP) lint
 	@$(PYTHON) -m ruff check .
@@ -79,6 +83,10 @@ format: ## Rewrite the code in the house style
 	@$(SETUP) lint
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix .
+
+policy-docs: ## Write docs/policies.md and the schema of policy configs from the rules
+	@$(SETUP) test
+	@$(PYTHON) -m tests.policies.document
 
 bench: setup ## Deploys as ratios to plain Pulumi and Compose, previews at 10, 100, 400 containers
 	@$(PYTHON) -m tests.bench $(ARGS)

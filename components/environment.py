@@ -16,6 +16,7 @@ import pulumi
 
 from components.files import File
 from components.image import Image, ImageArgs
+from components.labels import declared
 from components.network import Network, NetworkArgs
 from components.secret import Secret, SecretArgs
 from components.service import Attachment, Service, ServiceArgs
@@ -152,6 +153,7 @@ class Environment(pulumi.ComponentResource):
                     subnet=str(subnets[key]),
                     internal=internal,
                     labels=network.labels,
+                    declared=declared(network.x_bulkhead),
                 ),
                 opts=opts,
             ).network_name
@@ -184,6 +186,7 @@ class Environment(pulumi.ComponentResource):
                     tier=self._args.tier,
                     driver_opts=volume.driver_opts,
                     labels=volume.labels,
+                    declared=declared(volume.x_bulkhead),
                 ),
                 opts=pulumi.ResourceOptions(parent=self),
             ).volume_name

@@ -62,7 +62,7 @@ class Files(pulumi.ComponentResource):
             folder: docker.Volume(
                 f"{name}-{number}",
                 driver="local",
-                labels=content.apply(lambda known: label_inputs(own, {FILES: known})),
+                labels=label_inputs(own, {FILES: content}),
                 opts=child,
             )
             for number, folder in enumerate(folders(args.files))

@@ -5,6 +5,7 @@ It makes no firewall rule: what keeps other environments from a published port i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pulumi
 import pulumi_docker as docker
@@ -18,6 +19,7 @@ class NetworkArgs:
     """A bridge. `name`: the engine's name for it, explicit so that policy knows it at preview.
 
     `subnet`: CIDR inside the environment's own. `internal`: no route out of the bridge (the default).
+    `declared`: what policies are to know of it, as in `x-bulkhead`: `exempt`.
     """
 
     name: str
@@ -26,6 +28,7 @@ class NetworkArgs:
     subnet: str
     internal: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Network(pulumi.ComponentResource):
@@ -35,7 +38,7 @@ class Network(pulumi.ComponentResource):
     subnet: str
 
     def __init__(self, name: str, args: NetworkArgs, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("bulkhead:index:Network", name, None, opts)
+        super().__init__("bulkhead:index:Network", name, dict(args.declared), opts)
         network = docker.Network(
             f"{name}-bridge",
             name=args.name,

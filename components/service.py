@@ -12,7 +12,7 @@ import pulumi
 import pulumi_docker as docker
 
 from components.files import File, Files, FilesArgs, uploads
-from components.labels import label_inputs, labels
+from components.labels import declared, label_inputs, labels
 from settings import host
 from settings.ledger import Tier
 from settings.model import Healthcheck, Mount, seconds
@@ -21,7 +21,7 @@ from settings.project import host_address
 
 MIB = 1024 * 1024
 # What the engine's default set gives beyond what ordinary images use at start (chown, drop to a user, low ports).
-# NET_RAW allows ARP spoofing within a bridge (CIS Docker Benchmark 5.3). `cap_add` brings one back.
+# NET_RAW allows ARP spoofing within a bridge (CIS Docker Benchmark 5.4). `cap_add` brings one back.
 DROPPED_CAPABILITIES = ("AUDIT_WRITE", "MKNOD", "NET_RAW", "SETFCAP", "SETPCAP", "SYS_CHROOT")
 NO_NEW_PRIVILEGES = "no-new-privileges"
 # Compose's default between the stop signal and the kill, in seconds.
@@ -95,7 +95,7 @@ class Service(pulumi.ComponentResource):
     completed: pulumi.Output[pulumi.Resource] | None = None
 
     def __init__(self, name: str, args: ServiceArgs, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("bulkhead:index:Service", name, None, opts)
+        super().__init__("bulkhead:index:Service", name, declared(args.service.x_bulkhead), opts)
         files = self._files(name, args)
         failed = pulumi.ErrorHook(f"{name}-failed", lambda failure: stop_failed(failure, args))
         kwargs = container_args(args, files.mounts if files else ())
@@ -287,7 +287,7 @@ def spelled(capability: str) -> str:
 
 
 def security_options(service: ComposeService) -> list[str]:
-    """The service's own options, and no-new-privileges unless it says otherwise (CIS Docker Benchmark 5.25)."""
+    """The service's own options, and no-new-privileges unless it says otherwise (CIS Docker Benchmark 5.26)."""
     options = [
         option.replace("=", ":", 1) if option.startswith(NO_NEW_PRIVILEGES) else option
         for option in service.security_opt

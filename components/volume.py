@@ -5,6 +5,7 @@ It does not back anything up: that is declared elsewhere, and a volume without i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pulumi
 import pulumi_docker as docker
@@ -15,13 +16,17 @@ from settings.ledger import Tier
 
 @dataclass(frozen=True)
 class VolumeArgs:
-    """A volume. `name`: the engine's name for it. `driver_opts`: options of the `local` driver."""
+    """A volume. `name`: the engine's name for it. `driver_opts`: options of the `local` driver.
+
+    `declared`: what policies are to know of it, as in `x-bulkhead`: `backup`, `ephemeral`, `exempt`.
+    """
 
     name: pulumi.Input[str]
     environment: str
     tier: Tier
     driver_opts: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Volume(pulumi.ComponentResource):
@@ -30,7 +35,7 @@ class Volume(pulumi.ComponentResource):
     volume_name: pulumi.Output[str]
 
     def __init__(self, name: str, args: VolumeArgs, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("bulkhead:index:Volume", name, None, opts)
+        super().__init__("bulkhead:index:Volume", name, dict(args.declared), opts)
         keep = args.tier is Tier.PROTECTED
         volume = docker.Volume(
             f"{name}-data",

@@ -17,6 +17,7 @@ from policies.rule import (
     listed,
     rule,
 )
+from policies.wire import UNKNOWN
 from policies.world import (
     CONTAINER,
     IMAGE,
@@ -174,6 +175,9 @@ def one_docker_host(field: Field, about: Subject) -> Iterator[Finding | Open]:
         )
 
 
+OWN_LABELS = ("bulkhead.environment", "bulkhead.tier")
+
+
 @rule(
     id="own-labels",
     title="every resource says whose it is",
@@ -184,7 +188,12 @@ def own_labels(_field: Field, about: Subject) -> Iterator[Finding]:
     """`bulkhead.environment` and, on containers and networks, `bulkhead.tier`. A volume cannot be relabelled without
     losing its data, so its tier may be an older one."""
     own = about.own
-    written = dict(zip(about.all("labels.label"), about.all("labels.value"), strict=False))
+    values = dict(about.resource.fields("labels.value"))
+    written = {
+        name: values.get(path.removesuffix("label") + "value") for path, name in about.resource.fields("labels.label")
+    }
+    if UNKNOWN in written or UNKNOWN in (written.get(label) for label in OWN_LABELS):
+        raise UndecidedError
     wanted = {"bulkhead.environment": about.resource.stack}
     if about.resource.type != VOLUME and own:
         wanted["bulkhead.tier"] = str(own.tier)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from policies.hostpath import ENGINE_DATA, LINKS, MOUNTS, normal, opened, overlaps, socket_in
+from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, normal, opened, overlaps, socket_in
 from policies.rule import (
     BEST_EFFORT,
     ENVIRONMENTS,
@@ -70,6 +70,11 @@ SSHD = re.compile(r"(?:^|/)(?:sshd|dropbear)$")
 def bare(capability: Any) -> str:
     """`CAP_NET_RAW` and `net_raw` as `NET_RAW`."""
     return str(capability).upper().removeprefix("CAP_")
+
+
+def _carrier(about: Subject) -> bool:
+    """Whether the container is never started: it only carries files into a volume."""
+    return about.one("start") is False
 
 
 @rule(
@@ -371,7 +376,8 @@ def host_path(field: Field, about: Subject) -> Iterator[Finding]:
     for path in opened(field):
         if not path.startswith("/") and not field.path.endswith(".device"):
             continue
-        if path in DEVICELESS or socket_in(path) or overlaps(path, ENGINE_DATA):
+        disk = field.path.endswith(".device") and overlaps(path, DISKS)
+        if path in DEVICELESS or socket_in(path) or overlaps(path, ENGINE_DATA) or disk:
             continue  # no folder at all, or one that engine-socket and engine-data refuse
         read_only = _read_only(field, about)
         allowed = [*about.options["writable"], *(about.options["readable"] if read_only else ())]
@@ -473,10 +479,10 @@ def runtime(field: Field, about: Subject) -> Iterator[Finding]:
     exemptable=ENVIRONMENTS,
     advised=BEST_EFFORT,
 )
-def non_root(field: Field, _about: Subject) -> Iterator[Finding]:
+def non_root(field: Field, about: Subject) -> Iterator[Finding]:
     """The image's own USER cannot be seen at preview, so it is written down here too."""
     name = str(field.value or "").partition(":")[0]
-    if name.lstrip("0") in ("", "root"):
+    if name.lstrip("0") in ("", "root") and not _carrier(about):
         yield Finding(
             repr(field.value) if field.value else "not set",
             "it runs as root, or as whoever the image names, which is root in most",
@@ -492,9 +498,9 @@ def non_root(field: Field, _about: Subject) -> Iterator[Finding]:
     exemptable=ENVIRONMENTS,
     advised=BEST_EFFORT,
 )
-def read_only_root(field: Field, _about: Subject) -> Iterator[Finding]:
+def read_only_root(field: Field, about: Subject) -> Iterator[Finding]:
     """What is written there grows without a limit and is lost with the container."""
-    if field.value is not True:
+    if field.value is not True and not _carrier(about):
         yield Finding(
             "not set",
             "whoever takes it over can replace its programs, and what it writes there fills the host's disk",
@@ -518,11 +524,6 @@ def memory_limit(field: Field, about: Subject) -> Iterator[Finding]:
             "one service can use up what the whole environment has, and the kernel then kills any of them",
             "set deploy.resources.limits.memory",
         )
-
-
-def _carrier(about: Subject) -> bool:
-    """Whether the container is never started: it only carries files into a volume."""
-    return about.one("start") is False
 
 
 @rule(

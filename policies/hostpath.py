@@ -38,6 +38,9 @@ ENGINE_DATA = (
 )
 """Where an engine keeps every environment's volumes, layers and container files."""
 
+DISKS = ("/dev",)
+"""Devices that a volume may be mounted from."""
+
 # (what a path begins with, what that is): /var/run links to /run, and a process's root and cwd lead back to /.
 ALIASES = (
     (re.compile(r"/var/run(?=/|$)"), "/run"),

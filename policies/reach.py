@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
-from policies.hostpath import ENGINE_DATA, LINKS, MOUNTS, opened, overlaps
+from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, opened, overlaps
 from policies.rule import BEST_EFFORT, EVERYWHERE, OPEN, PROTECTED, Finding, Open, Subject, UndecidedError, rule
 from policies.wire import UNKNOWN
-from policies.world import CONTAINER, HOST, IMAGE, NETWORK, PROVIDER, PUSHED, STACK, TAG, VOLUME, Field
+from policies.world import CONTAINER, HOST, IMAGE, NETWORK, PROVIDER, PUSHED, REFERENCE, STACK, TAG, VOLUME, Field
 from settings.ledger import Environment, Tier
 
 SHARED_NETWORKS = frozenset({"", "bridge", "default"})
@@ -17,8 +17,6 @@ SHARED_NETWORKS = frozenset({"", "bridge", "default"})
 
 JOINS = "container:"
 NAMED = "{}"
-
-DISKS = ("/dev",)
 
 LOCAL_IMAGES = "bulkhead/"
 """What images that are built here are named under."""
@@ -361,7 +359,9 @@ def gateway_ports(field: Field, about: Subject) -> Iterator[Finding]:
     public = _public(field)
     if not public:
         return
-    covered = (about.whole().host or {}).get("firewall")
+    if about.world.promised is None:
+        raise UndecidedError
+    covered = about.world.promised.get("firewall")
     if not (isinstance(covered, Mapping) and about.resource.stack in (covered.get("environments") or ())):
         yield Finding(
             public,
@@ -396,10 +396,11 @@ def address_reach(field: Field, about: Subject) -> Iterator[Finding]:
     name, _, address = text.replace("=", ":", 1).partition(":")  # `db:10.81.0.3`, as builds have it
     for word in (text, name, address):
         other = _owner_of(word.strip("[]"), about)
+        whose = other or "the host itself, and what every environment publishes there"
         if word == "host-gateway" or (other and about.own is not None):
             yield Finding(
                 repr(text),
-                f"it leads to {other or 'the host itself, and what every environment publishes there'}",
+                f"it leads out of {about.resource.stack}, to {whose}",
                 "remove it; services of one environment find each other by their names",
             )
             return
@@ -492,12 +493,12 @@ def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
     reads={STACK: ()},
 )
 def stack_reference(_field: Field, about: Subject) -> Iterator[Finding]:
-    """Outputs of prod are addresses, names and perhaps secrets of prod."""
-    for reference in about.whole().references:
-        read = str(reference.props.get("name"))
-        if read.rpartition("/")[2] != HOST:
+    """Outputs of prod are addresses, names and perhaps secrets of prod. The engine shows a reference only where
+    something is made from it, and of it only the name that the program gives it."""
+    for urn, name in about.whole().made_from(REFERENCE):
+        if name.rpartition("/")[2] != HOST:
             yield Finding(
-                f"StackReference {reference.name} to {read!r}",
+                f"{urn.rpartition('::')[2]} is made from StackReference {name!r}",
                 "what that stack puts out, its secrets too, becomes part of this one",
                 "read the host stack only; what two environments share goes into the ledger",
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from policies.rule import ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, UndecidedError, number, rule
+from policies.wire import UNKNOWN
 from policies.world import CONTAINER, HOST, IMAGE, STACK, Field
 from settings.errors import SettingsError
 from settings.ledger import RESOURCES, Environment, Ledger, Tier, promise, shown, slice_name
@@ -106,6 +107,7 @@ def protected_cpu_quota(field: Field, _about: Subject) -> Iterator[Finding]:
 
 
 MIB = 2**20
+ROUNDING = 1e-9
 NANO_SHARES = 1024
 """CPU shares of one CPU, as Compose and the engine count them."""
 
@@ -236,10 +238,11 @@ def rollout_fits(_field: Field, about: Subject) -> Iterator[Finding]:
 def reservation_step(_field: Field, about: Subject) -> Iterator[Finding]:
     """Against what the host stack has put out. An environment that lost its protection, or its entry, has lowered it
     to nothing. Exempted in the ledger (`bulkhead:exempt`)."""
-    deployed = about.whole().host
-    if not any(str(one.props.get("name")).rpartition("/")[2] == HOST for one in about.whole().references):
-        raise UndecidedError  # a program that does not read the host's stack
+    about.whole()  # the stack itself is registered before anything that it shows
+    deployed = about.world.promised
     if deployed is None:
+        raise UndecidedError
+    if not deployed:
         return  # nothing is deployed yet
     ledger = about.measured()
     for name, told in sorted(_mapping(deployed.get("environments")).items()):
@@ -247,9 +250,11 @@ def reservation_step(_field: Field, about: Subject) -> Iterator[Finding]:
         now = ledger.environments.get(name)
         for resource in RESOURCES:
             before = reserved.get(resource)
+            if before is UNKNOWN:
+                raise UndecidedError
             amount = getattr(now.reservations, resource, None) if now and now.reservations else None
             least = (before or 0) * (1 - about.options["percent"] / 100)
-            if before and (amount or 0) < least:
+            if before and (amount or 0) < least * (1 - ROUNDING):
                 yield Finding(
                     f"{ledger.file}: {name}.reservations.{resource}: {shown(resource, amount or 0)}",
                     f"{name} has {shown(resource, before)} today, and would lose more than "

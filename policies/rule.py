@@ -141,7 +141,7 @@ class Subject:
 
     def measured(self) -> Ledger:
         """The ledger in absolute amounts. UndecidedError while nobody has said what the machine has."""
-        ledger = self.world.measured(self.graph)
+        ledger = self.world.measured()
         if ledger is None:
             raise UndecidedError
         return ledger
@@ -260,7 +260,10 @@ class Rule:
                 continue
             if written.get("environment", environment) != environment:
                 continue
-            found = accepted(written, self, subject)
+            try:
+                found = accepted(written, self, subject)
+            except SettingsError:  # a stack that the ledger does not know has no tier
+                continue
             if isinstance(found, Exemption):
                 return found, ""
             objection = found
@@ -276,6 +279,9 @@ class Rule:
                 for verdict in [OPEN] if unknown else self._judged(read.field, subject):
                     yield read, verdict
         except SettingsError as error:
+            # Of the stack, protected-reservation says it; a component makes nothing by itself.
+            if subject.resource.provider is None:
+                return
             # Every rule would say it of every resource; one of them does, always the same.
             if subject.world.told.setdefault(subject.resource.urn, self.id) == self.id:
                 yield NOTHING, _no_ledger(error)
@@ -317,8 +323,11 @@ class Rule:
         if not values:
             yield _unknown(self)
         for value in values:
-            for verdict in self._judged(Field(read.field.path, value), subject):
-                yield verdict if isinstance(verdict, Finding) else _unknown(self)
+            try:
+                verdicts = self._judged(Field(read.field.path, value), subject)
+            except SettingsError:  # said of the resource already, or of the stack by protected-reservation
+                verdicts = []
+            yield from (verdict if isinstance(verdict, Finding) else _unknown(self) for verdict in verdicts)
 
     def _candidates(self, subject: Subject, read: "_Read") -> list[str]:
         """What an unknown value can be: the names of the resources it was made from, if those tell it all."""
@@ -333,7 +342,10 @@ class Rule:
 def exemptions(resource: Resource, world: World) -> list[Any]:
     """Everything written to exempt a resource: by the components above it, and in the ledger where it is the stack."""
     if resource.type == STACK:
-        return [one.model_dump(mode="json") for one in world.settings.exempt]
+        try:
+            return [one.model_dump(mode="json") for one in world.settings.exempt]
+        except SettingsError:
+            return []
     found: list[Any] = []
     one: Resource | None = resource if resource.type.startswith(OURS) else world.seen.get(resource.parent)
     while one is not None:

@@ -17,7 +17,7 @@ from pulumi.runtime.proto import analyzer_pb2, plugin_pb2
 from pulumi.runtime.proto.analyzer_pb2_grpc import AnalyzerServicer, add_AnalyzerServicer_to_server
 
 from policies.rule import Level, Rule, Setting, Verdict
-from policies.wire import properties
+from policies.wire import marked, properties, raw
 from policies.world import Graph, Resource, World
 from settings.errors import SettingsError, did_you_mean
 
@@ -89,11 +89,13 @@ class Server(AnalyzerServicer):
                 continue
             if not self._breaks(rule, resource, setting):
                 continue
-            changes = rule.remedy(resource)
-            if changes:
+            changes = rule.remedy(resource) or {}
+            # A secret that is written anew would be one no more: then the violation stands.
+            secret = any(key in request.properties and marked(request.properties.fields[key]) for key in changes)
+            if changes and not secret:
                 made = struct_pb2.Struct()
                 made.CopyFrom(response.remediations[-1].properties if response.remediations else request.properties)
-                made.update(dict(changes))
+                made.update(raw(dict(changes)))
                 response.remediations.add(
                     policyName=rule.id,
                     policyPackName=NAME,

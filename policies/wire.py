@@ -42,6 +42,24 @@ def properties(struct: Any) -> dict[str, Any]:
     return {key: _value(value) for key, value in struct.fields.items()}
 
 
+def raw(value: Any) -> Any:
+    """The opposite of `properties`, of one value: unknowns as the engine spells them."""
+    if isinstance(value, dict):
+        return {key: raw(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [raw(inner) for inner in value]
+    return UNKNOWN_STRING_VALUE if value is UNKNOWN else value
+
+
+def marked(value: Any) -> bool:
+    """Whether a value on the wire holds a secret, or an asset: what would be lost when it is written anew."""
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        inner = value.struct_value.fields
+        return SPECIAL_SIG_KEY in inner or any(map(marked, inner.values()))
+    return kind == "list_value" and any(map(marked, value.list_value.values))
+
+
 def _value(value: Any) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "string_value":

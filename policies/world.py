@@ -120,12 +120,22 @@ class World:
         """The ledger. SettingsError when it cannot be read or does not add up."""
         return self.settings.resolve(BOUNDLESS)
 
-    def measured(self, graph: "Graph | None") -> Ledger | None:
+    @property
+    def promised(self) -> Mapping[str, Any] | None:
+        """The outputs of the host stack as deployed, empty before its first deploy; None where the program does not
+        show them (`components.promises`). UNKNOWN values stand where they stand."""
+        for one in self.seen.values():
+            outputs = one.props.get("outputs") if one.type == f"{OURS}Promises" else None
+            if isinstance(outputs, Mapping):
+                return outputs
+        return None
+
+    def measured(self) -> Ledger | None:
         """The ledger in absolute amounts; None as long as nobody has said what the machine has.
 
-        Capacity that the ledger leaves to the engine comes from the host stack's outputs, and so from the graph.
+        Capacity that the ledger leaves to the engine is what the host stack has put out.
         """
-        told = graph.host.get("capacity") if graph and graph.host else None
+        told = (self.promised or {}).get("capacity")
         asked = {key: value for key, value in (told or {}).items() if isinstance(value, int | float)}
         return self.settings.resolve(asked) if self.settings.missing_capacity <= asked.keys() else None
 
@@ -172,19 +182,17 @@ class Graph:
         """The resources of a type that this stack makes."""
         return [mine for mine in self._world.seen.values() if mine.type == kind]
 
-    @cached_property
-    def references(self) -> list[Resource]:
-        """The stacks whose outputs the program reads."""
-        return [self._outputs(urn) for urn, one in self._resources.items() if one.type == REFERENCE]
-
-    @cached_property
-    def host(self) -> Mapping[str, Any] | None:
-        """The outputs of the host stack as deployed; None where the program does not read them or there are none."""
-        for reference in self.references:
-            outputs = reference.props.get("outputs")
-            if str(reference.props.get("name")).rpartition("/")[2] == HOST and isinstance(outputs, Mapping) and outputs:
-                return outputs
-        return None
+    def made_from(self, kind: str) -> Iterator[tuple[str, str]]:
+        """(URN of a resource, name of one of type `kind`, also a looked-up one, that it was made from)."""
+        for urn, one in self._resources.items():
+            sources = {
+                *one.dependencies,
+                *(source for made in one.propertyDependencies.values() for source in made.urns),
+            }
+            for source in sorted(sources):
+                made, _, name = source.partition("::")[2].partition("::")[2].partition("::")
+                if made.rpartition("$")[2] == kind:
+                    yield urn, name
 
     def _outputs(self, urn: str) -> Resource:
         if urn not in self._read:

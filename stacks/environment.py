@@ -9,10 +9,12 @@ import pulumi_docker as docker
 
 from components.environment import Environment, EnvironmentArgs, engine_name
 from components.labels import ENVIRONMENT
+from components.promises import Promises
 from settings import compose, host
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings
 from settings.project import check_ports, read_environment, read_project, root
+from stacks.host import host_stack
 
 
 def build() -> Environment:
@@ -27,6 +29,7 @@ def build() -> Environment:
     check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     deployed = pulumi.StackReference("host", stack_name=host_stack())
+    Promises("promises", deployed)
     engine = deployed.require_output("engine")
     mine = deployed.require_output("environments").apply(lambda environments: promise(environments, name))
     environment = Environment(
@@ -62,11 +65,6 @@ def providers(project: compose.Project, address: str | None) -> list[pulumi.Prov
     """The engine's provider, and the command provider where a secret or a salt has to be generated."""
     engine = docker.Provider("docker", host=host.address(address))
     return [engine, command.Provider("command")] if project.secrets or project.configs else [engine]
-
-
-def host_stack() -> str:
-    """The full name of the host stack, beside this one."""
-    return f"{pulumi.get_organization()}/{pulumi.get_project()}/host"
 
 
 def promise(environments: dict[str, Any], name: str) -> dict[str, Any]:

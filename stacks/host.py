@@ -5,6 +5,7 @@ from pathlib import Path
 import pulumi
 import pulumi_command as command
 
+from components.promises import Promises
 from components.slice import Slice, SliceArgs
 from settings import host
 from settings.ledger import Budget, LedgerSettings
@@ -21,6 +22,8 @@ def build() -> None:
     facts = host.facts(settings.host)
     ledger = settings.resolve(facts.capacity())
     provider = command.Provider("command")
+    # What is deployed now, for the policy that no promise is lowered by much at once.
+    Promises("promises", pulumi.StackReference("host", stack_name=host_stack()))
     reserved = [one.reservations for one in ledger.environments.values() if one.reservations]
     protected = Budget(
         cpus=sum(budget.cpus or 0 for budget in reserved), memory=sum(budget.memory or 0 for budget in reserved)
@@ -65,6 +68,11 @@ def build() -> None:
         },
     )
     pulumi.export("environments", told)
+
+
+def host_stack() -> str:
+    """The full name of the host stack, beside this one."""
+    return f"{pulumi.get_organization()}/{pulumi.get_project()}/host"
 
 
 def budget(share: Budget | None) -> dict[str, float | int | None] | None:

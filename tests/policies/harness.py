@@ -1,21 +1,20 @@
-"""Drives the pack's real servicer in process, with the SDK's own proxies and unknowns, as the engine does:
-every resource is analysed when it is registered, the whole stack at the end."""
+"""Drives the pack's server in process with the messages that the engine sends:
+every resource is remedied and analysed when it is registered, the whole stack at the end."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from google.protobuf import struct_pb2  # type: ignore[import-untyped]
 from pulumi.runtime.proto import analyzer_pb2
-from pulumi_policy import EnforcementLevel
 from pulumi_policy.deserialize import SPECIAL_SECRET_SIG, SPECIAL_SIG_KEY
-from pulumi_policy.policy import _PolicyAnalyzerServicer
 from pulumi_policy.proxy import UNKNOWN_STRING_VALUE
 
-from policies.pack import policies
 from policies.registry import RULES
-from policies.rule import Rule
+from policies.rule import Rule, Setting
+from policies.server import Server
 from policies.world import CONTAINER, NETWORK, STACK, VOLUME, World
 
 UNKNOWN = UNKNOWN_STRING_VALUE
@@ -29,6 +28,19 @@ config:
     dev-alice: {tier: best-effort, subnet: 10.83.0.0/16, limits: {memory: 10%}}
 """
 
+GIB = 2**30
+HOST_OUTPUTS: Mapping[str, Any] = {
+    "capacity": {"cpus": 10.0, "memory": 10 * GIB, "disk": 1000 * GIB},
+    "environments": {
+        "prod": {"tier": "protected", "budget": {"reservations": {"cpus": 4.0, "memory": 4 * GIB}, "limits": None}},
+        "dev": {"tier": "best-effort", "budget": {"reservations": None, "limits": {"memory": 2 * GIB}}},
+    },
+}
+"""What the host stack has put out: a machine of 10 CPUs and 10 GiB with the promises of `LEDGER`."""
+
+TODAY = date(2026, 6, 15)
+TIERS = {"prod": "protected", "prod-eu": "protected", "dev": "best-effort", "dev-alice": "best-effort"}
+
 
 @dataclass(frozen=True)
 class Given:
@@ -39,8 +51,11 @@ class Given:
     props: Mapping[str, Any]
     after: Mapping[str, Sequence[str]] = field(default_factory=dict)
     outputs: Mapping[str, Any] = field(default_factory=dict)
-    read: bool = False  # only looked up (`Network.get`): never analysed by itself
-    parent: str = ""
+    read: bool = False  # only looked up (`Network.get`): the engine shows it to no policy
+    parent: str = ""  # a component, by its name
+    protect: bool = False
+    delete_before_replace: bool | None = None
+    provider: bool | None = None  # None: as its type says, components have none
 
     def but(self, **changes: Any) -> "Given":
         """The same with other properties; None takes one away."""
@@ -48,29 +63,76 @@ class Given:
         return replace(self, props=props)
 
 
+def labels(stack: str) -> list[dict[str, str]]:
+    """The labels that every resource of `stack` has."""
+    return [
+        {"label": "bulkhead.environment", "value": stack},
+        {"label": "bulkhead.tier", "value": TIERS.get(stack, "host")},
+    ]
+
+
 def container(stack: str, **changes: Any) -> Given:
     """A container of `stack` that no rule objects to, with `changes`."""
     props = {
         "name": f"{stack}-api-1-4f3a2b1",
-        "image": UNKNOWN,
+        "image": "sha256:" + "ab" * 32,
         "cgroupParent": f"/bulkhead-{stack}",
         "networkMode": "bridge",
         "networksAdvanced": [{"name": f"{stack}-backend", "aliases": ["api"]}],
-        "envs": [f"PASSWORD={SECRET}"],
-        "uploads": [{"file": "/run/secrets/key", "content": SECRET}],
+        "envs": [f"GREETING={SECRET}"],
+        "uploads": [{"file": "/run/secrets/key", "content": SECRET, "permissions": "0444"}],
         "memory": 256,
+        "user": "10001",
+        "readOnly": True,
+        "init": True,
+        "capabilities": {"drops": ["ALL"]},
+        "securityOpts": ["no-new-privileges:true"],
+        "logDriver": "json-file",
+        "logOpts": {"max-size": "10m"},
+        "healthcheck": {"tests": ["CMD", "true"]},
+        "restart": "unless-stopped",
+        "stopTimeout": 10,
+        "destroyGraceSeconds": 10,
+        "labels": labels(stack),
     }
     return Given(CONTAINER, "api", props).but(**changes)
 
 
+SUBNETS = {"prod": "10.81.1.0/24", "prod-eu": "10.84.1.0/24", "dev": "10.82.1.0/24", "dev-alice": "10.83.1.0/24"}
+
+
 def network(stack: str, **changes: Any) -> Given:
     """A network of `stack` that no rule objects to, with `changes`."""
-    return Given(NETWORK, "backend", {"name": f"{stack}-backend", "driver": "bridge"}).but(**changes)
+    props = {
+        "name": f"{stack}-backend",
+        "driver": "bridge",
+        "ipamConfigs": [{"subnet": SUBNETS.get(stack, "10.99.1.0/24")}],
+        "labels": labels(stack),
+    }
+    return Given(NETWORK, "backend", props).but(**changes)
 
 
 def volume(stack: str, **changes: Any) -> Given:
-    """A volume of `stack` that no rule objects to, with `changes`."""
-    return Given(VOLUME, "data", {"name": f"{stack}-data", "driver": "local"}).but(**changes)
+    """A volume of `stack` that no rule objects to (in prod, below `declared()`), with `changes`."""
+    props = {"name": f"{stack}-data", "driver": "local", "labels": labels(stack)}
+    return Given(VOLUME, "data", props, protect=True, parent="declared").but(**changes)
+
+
+def component(kind: str, name: str, **props: Any) -> Given:
+    """One of Bulkhead's components, with the inputs that it shows to policies."""
+    return Given(f"bulkhead:index:{kind}", name, props)
+
+
+DECLARED = component("Volume", "declared", backup={"engine": "files", "schedule": "daily"})
+"""The component of a volume that is backed up."""
+
+
+PROMISES = "bulkhead:index:Promises"
+
+
+def promises(outputs: Any = HOST_OUTPUTS) -> Given:
+    """The host stack's outputs, as every stack of Bulkhead shows them."""
+    return Given(PROMISES, "promises", {"outputs": outputs})
 
 
 SECRET = "hunter2-never-to-be-shown"
@@ -82,35 +144,50 @@ def secret(value: Any) -> Any:
 
 
 class Violation(NamedTuple):
-    """One mandatory diagnostic."""
+    """One diagnostic. `level`: mandatory or advisory."""
 
     rule: str
     resource: str
     message: str
+    level: str = "mandatory"
 
 
-def run(stack: str, resources: Iterable[Given], file: Path, rules: Sequence[Rule] = RULES) -> list[Violation]:
-    """What the pack says to a preview of `stack` with `resources`. Everything it says must be mandatory."""
-    servicer: Any = _PolicyAnalyzerServicer(  # its methods have no types
-        "bulkhead", "0.1.0", policies(rules, World.of(file)), EnforcementLevel.MANDATORY
-    )
+def run(
+    stack: str,
+    resources: Iterable[Given],
+    file: Path,
+    rules: Sequence[Rule] = RULES,
+    settings: Mapping[str, Setting] | None = None,
+    remedy: bool = False,
+    today: date = TODAY,
+    twice: Sequence[Given] = (),
+) -> list[Violation]:
+    """What the pack says to a preview of `stack` with `resources`.
+
+    `remedy`: remedies are applied first, as the engine does. `twice`: versions of resources that are analysed before
+    the final ones, as the engine does with what is replaced.
+    """
+    server: Any = Server(rules, World(World.of(file).read_settings, today))
+    server._settings = settings or {}
     root = Given(STACK, f"bulkhead-{stack}", {})
-    everything = [root, *resources]
+    # Components are there before their children, whatever the order of the rest.
+    everything = [root, *sorted(resources, key=lambda one: not one.type.startswith("bulkhead:"))]
+    if not any(one.type == PROMISES for one in everything):
+        everything.insert(1, promises())
     urns = {one.name: urn(stack, one) for one in everything}
     found: list[Violation] = []
+    for one in (one for one in twice if not one.read):
+        server.Analyze(as_input(one, urns), None)
     for one in everything:
         if not one.read:
-            request = analyzer_pb2.AnalyzeRequest(
-                type=one.type,
-                name=one.name,
-                urn=urns[one.name],
-                properties=struct(one.props),
-                options=analyzer_pb2.AnalyzerResourceOptions(parent=one.parent),
-            )
-            found += violations(servicer.Analyze(request, None), one.name)
-    whole = analyzer_pb2.AnalyzeStackRequest(resources=[as_output(one, urns) for one in everything])
+            request = as_input(one, urns)
+            if remedy:
+                for remediation in server.Remediate(request, None).remediations:
+                    request.properties.CopyFrom(remediation.properties)
+            found += violations(server.Analyze(request, None), one.name)
+    whole = analyzer_pb2.AnalyzeStackRequest(resources=[as_output(one, urns) for one in everything if not one.read])
     names = {urn: name for name, urn in urns.items()}
-    for diagnostic in servicer.AnalyzeStack(whole, None).diagnostics:
+    for diagnostic in server.AnalyzeStack(whole, None).diagnostics:
         found += violations(analyzer_pb2.AnalyzeResponse(diagnostics=[diagnostic]), names[diagnostic.urn])
     return found
 
@@ -127,6 +204,26 @@ def struct(props: Mapping[str, Any]) -> struct_pb2.Struct:
     return made
 
 
+def as_input(one: Given, urns: Mapping[str, str]) -> analyzer_pb2.AnalyzeRequest:
+    """A resource as it is analysed before each step: its inputs."""
+    request = analyzer_pb2.AnalyzeRequest(
+        type=one.type,
+        name=one.name,
+        urn=urns[one.name],
+        properties=struct(one.props),
+        options=analyzer_pb2.AnalyzerResourceOptions(
+            parent=urns.get(one.parent, ""),
+            protect=one.protect,
+            deleteBeforeReplace=bool(one.delete_before_replace),
+            deleteBeforeReplaceDefined=one.delete_before_replace is not None,
+        ),
+    )
+    packages = ("docker:", "command:", "random:", "docker-build:", "pulumi-python:", "pulumi-nodejs:")
+    if one.provider if one.provider is not None else one.type.startswith(packages):
+        request.provider.CopyFrom(analyzer_pb2.AnalyzerProviderResource(type="pulumi:providers:any"))
+    return request
+
+
 def as_output(one: Given, urns: Mapping[str, str]) -> analyzer_pb2.AnalyzerResource:
     """A resource as the stack's analysis sees it: outputs, with an id that is unknown unless it is given."""
     return analyzer_pb2.AnalyzerResource(
@@ -134,7 +231,7 @@ def as_output(one: Given, urns: Mapping[str, str]) -> analyzer_pb2.AnalyzerResou
         name=one.name,
         urn=urns[one.name],
         properties=struct({"ipcMode": UNKNOWN, **one.props, "id": UNKNOWN, **one.outputs}),
-        parent=one.parent,
+        parent=urns.get(one.parent, ""),
         dependencies=sorted({urns[source] for sources in one.after.values() for source in sources}),
         propertyDependencies={
             key: analyzer_pb2.AnalyzerPropertyDependencies(urns=[urns[source] for source in sources])
@@ -143,8 +240,17 @@ def as_output(one: Given, urns: Mapping[str, str]) -> analyzer_pb2.AnalyzerResou
     )
 
 
+LEVEL_NAMES = {analyzer_pb2.MANDATORY: "mandatory", analyzer_pb2.ADVISORY: "advisory"}
+
+
 def violations(response: analyzer_pb2.AnalyzeResponse, name: str) -> list[Violation]:
-    """The diagnostics of an answer. One that is not mandatory means that a rule failed open."""
-    for diagnostic in response.diagnostics:
-        assert diagnostic.enforcementLevel == analyzer_pb2.MANDATORY, diagnostic.message
-    return [Violation(one.policyName, name, one.message) for one in response.diagnostics]
+    """The diagnostics of an answer."""
+    return [
+        Violation(one.policyName, name, one.message, LEVEL_NAMES[one.enforcementLevel]) for one in response.diagnostics
+    ]
+
+
+def attachable(one: Given, stack: str) -> bool:
+    """Whether a container has the usual network of its stack, and no other."""
+    attached = one.props.get("networksAdvanced") if one.type == CONTAINER else None
+    return isinstance(attached, list) and attached == container(stack).props["networksAdvanced"]
