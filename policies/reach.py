@@ -166,16 +166,32 @@ def engine_data(field: Field, _about: Subject) -> Iterator[Finding]:
     tiers=EVERYWHERE,
 )
 def own_names(field: Field, about: Subject) -> Iterator[Finding]:
-    """Without it, a network made here could pass there for one of its own."""
-    owner = about.world.owner(str(field.value or ""))
+    """Without it, a network made here could pass there for one of its own. The engine makes no second volume of a name
+    but hands out the first, so a volume's name has to say whose it is, unless it is random."""
+    name, mine = str(field.value or ""), about.resource.stack
+    owner = about.world.owner(name)
     if owner is not None and owner != about.own:
-        mine = about.resource.stack
         yield Finding(
             repr(field.value),
             f"{owner.name} owns every name that begins with {owner.name}-: "
             f"made by {mine}, it would take {owner.name}'s place or be used by it",
             f"name it {mine}-…",
         )
+    elif about.resource.type == VOLUME and name and not _unmistakable(name, about):
+        yield Finding(
+            repr(field.value),
+            "the engine hands out one volume to everybody who asks for that name, in any environment",
+            f"name it {mine}-…",
+        )
+
+
+def _unmistakable(name: str, about: Subject) -> bool:
+    random = re.escape(about.resource.name) + RANDOM_SUFFIX
+    return name.startswith(f"{about.resource.stack}-") or bool(re.fullmatch(random, name))
+
+
+RANDOM_SUFFIX = "-[0-9a-f]{7}"
+"""What Pulumi appends to a resource's name where the program gives none."""
 
 
 @rule(

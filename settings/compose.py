@@ -262,7 +262,9 @@ def _translated(sources: Sources, loc: Loc, fault: str, message: str, value: Any
 
 
 _EXTENSION_REMEDIES = {
+    "services": "A service's x-bulkhead has exempt: a list of {rule, reason, owner, expires}.",
     "networks": "A network's x-bulkhead has egress: true or false.",
+    "volumes": "A volume's x-bulkhead has backup: {engine, schedule}, ephemeral: true, or exempt.",
     "secrets": "A secret's x-bulkhead has generate: a number of bytes.",
 }
 

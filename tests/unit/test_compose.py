@@ -399,8 +399,27 @@ REFUSED = {
         "A network's x-bulkhead has egress: true or false.",
     ),
     "an extension of a service": (
-        WEB + "    x-bulkhead: {exempt: [privileged]}\n",
-        "compose.yaml:4: service web: x-bulkhead.exempt: not supported. Remove the key.",
+        WEB + "    x-bulkhead: {egress: true}\n",
+        "compose.yaml:4: service web: x-bulkhead.egress: True: not supported. "
+        "A service's x-bulkhead has exempt: a list of {rule, reason, owner, expires}.",
+    ),
+    "an exemption without a reason": (
+        WEB + "    x-bulkhead: {exempt: [{rule: non-root, reason: no, owner: ann, expires: 2027-01-31}]}\n",
+        "compose.yaml:4: service web: x-bulkhead.exempt[0].reason: 'no': a reason of at least 15 characters is needed. "
+        "Write why the rule cannot be kept here.",
+    ),
+    "an exemption that never ends": (
+        WEB
+        + "    x-bulkhead: {exempt: [{rule: non-root, reason: opens port 80 as root, owner: ann, expires: never}]}\n",
+        "compose.yaml:4: service web: x-bulkhead.exempt[0].expires: 'never': not a date. "
+        "Write the last day on which it holds, as in 2027-01-31.",
+    ),
+    "a volume both backed up and ephemeral": (
+        WEB
+        + "    volumes: [data:/data]\n"
+        + "volumes: {data: {x-bulkhead: {ephemeral: true, backup: {engine: files, schedule: daily}}}}\n",
+        "compose.yaml:5: volumes.data.x-bulkhead: both a backup and ephemeral. "
+        "Decide whether its data may be lost, and keep one of them.",
     ),
     "an extension where none is read": (
         WEB + "    deploy: {x-bulkhead: {a: 1}}\n",

@@ -48,7 +48,7 @@ class Engine(pulumi.runtime.Mocks):
         if args.typ == "command:local:Command":
             told = {"stdout": digest}
         if args.typ == "pulumi:pulumi:StackReference":
-            told = {"outputs": self.references[args.name], "secretOutputNames": []}
+            told = {"outputs": self.references.get(args.name.rpartition("/")[2], {}), "secretOutputNames": []}
         return digest, dict(args.inputs) | told
 
     def call(self, _args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
@@ -100,6 +100,10 @@ def slice_(ran: Ran) -> None:
     assert f"echo '{4 * 1024**3}' > {group}/memory.max" in script
     assert f"echo '0' > {group}/memory.swap.max" in script
     assert f"echo '4096' > {group}/pids.max" in script
+
+
+def promises(ran: Ran) -> None:
+    assert ran.all("bulkhead:index:Promises")["promises"] == {"outputs": {}}
 
 
 def network(ran: Ran) -> None:
@@ -179,6 +183,7 @@ def host_command(ran: Ran) -> None:
 
 REGISTERS: dict[str, Callable[[Ran], None]] = {
     "Slice": slice_,
+    "Promises": promises,
     "Network": network,
     "Volume": volume,
     "Image": image,
