@@ -428,6 +428,11 @@ def notes(project: compose.Project, tier: Tier) -> list[str]:
         for key, network in sorted(project.networks.items())
         if not network.external and not network.internal and is_internal(key, project)
     ]
+    told += [
+        f"volume {key}: a backup by {volume.x_bulkhead.backup.engine} is declared, and no job runs it yet"
+        for key, volume in sorted(project.volumes.items())
+        if volume.x_bulkhead.backup is not None
+    ]
     if tier is not Tier.PROTECTED:
         told += [
             f"service {key}: port {port.target} is published on {LOOPBACK} only, as the environment is {tier}"

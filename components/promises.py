@@ -3,6 +3,7 @@
 The engine shows policies no resource that is only read, so a stack reference by itself tells them nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pulumi
@@ -11,13 +12,16 @@ SHOWN = ("capacity", "environments", "firewall")
 
 
 class Promises(pulumi.ComponentResource):
-    """The deployed machine and its environments' budgets: every stack shows them, the host's own too."""
+    """The machine and its environments' budgets, `outputs` of the host stack; every stack shows them, also host."""
 
-    def __init__(self, name: str, deployed: pulumi.StackReference, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("bulkhead:index:Promises", name, {"outputs": deployed.outputs.apply(shown)}, opts)
+    def __init__(
+        self, name: str, outputs: pulumi.Input[Mapping[str, Any]], opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        shown_ = pulumi.Output.from_input(outputs).apply(shown)
+        super().__init__("bulkhead:index:Promises", name, {"outputs": shown_}, opts)
         self.register_outputs({})
 
 
-def shown(outputs: Any) -> dict[str, Any]:
+def shown(outputs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of a stack's outputs, those that policies judge by. Empty before its first deploy."""
-    return {key: outputs[key] for key in SHOWN if key in (outputs or {})}
+    return {key: outputs[key] for key in SHOWN if key in outputs} if outputs else {}

@@ -29,7 +29,7 @@ def build() -> Environment:
     check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     deployed = pulumi.StackReference("host", stack_name=host_stack())
-    Promises("promises", deployed)
+    Promises("promises", deployed.outputs)
     engine = deployed.require_output("engine")
     mine = deployed.require_output("environments").apply(lambda environments: promise(environments, name))
     environment = Environment(

@@ -1,6 +1,8 @@
 """The host stack: what the one Docker host promises each environment of the ledger, and the slices that keep it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pulumi
 import pulumi_command as command
@@ -22,13 +24,12 @@ def build() -> None:
     facts = host.facts(settings.host)
     ledger = settings.resolve(facts.capacity())
     provider = command.Provider("command")
-    # What is deployed now, for the policy that no promise is lowered by much at once.
-    Promises("promises", pulumi.StackReference("host", stack_name=host_stack()))
     reserved = [one.reservations for one in ledger.environments.values() if one.reservations]
     protected = Budget(
         cpus=sum(budget.cpus or 0 for budget in reserved), memory=sum(budget.memory or 0 for budget in reserved)
     )
-    told = {}
+    told: dict[str, dict[str, Any]] = {}
+    promised: dict[str, dict[str, Any]] = {}
     for environment in ledger.environments.values():
         slice_ = Slice(
             environment.name,
@@ -47,15 +48,21 @@ def build() -> None:
             ),
             opts=pulumi.ResourceOptions(providers=[provider]),
         )
-        told[environment.name] = {
+        promised[environment.name] = {
             "tier": str(environment.tier),
-            "subnet": str(environment.subnet),
-            "cgroup_parent": slice_.cgroup_parent,
             "budget": {
                 "reservations": budget(environment.reservations),
                 "limits": budget(environment.limits),
             },
         }
+        told[environment.name] = {
+            **promised[environment.name],
+            "subnet": str(environment.subnet),
+            "cgroup_parent": slice_.cgroup_parent,
+        }
+    now = {"capacity": ledger.capacity.model_dump(), "environments": promised}
+    deployed = pulumi.StackReference("host", stack_name=host_stack()).outputs
+    Promises("promises", deployed.apply(lambda before: not_lowered(before or {}, now)))
     pulumi.export("capacity", ledger.capacity.model_dump())
     pulumi.export("system", budget(ledger.system))
     pulumi.export(
@@ -73,6 +80,21 @@ def build() -> None:
 def host_stack() -> str:
     """The full name of the host stack, beside this one."""
     return f"{pulumi.get_organization()}/{pulumi.get_project()}/host"
+
+
+def not_lowered(deployed: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What is promised now, or still, by `capacity` and `environments`: what a deploy would lower stays as deployed.
+
+    The policy that no promise is lowered by much at once needs the higher one; showing all that is deployed instead
+    would make every deploy of the host a change for the next one.
+    """
+    environments = dict(now["environments"])
+    for name, before in (deployed.get("environments") or {}).items():
+        reserved = (before.get("budget") or {}).get("reservations") or {}
+        mine = ((now["environments"].get(name) or {}).get("budget") or {}).get("reservations") or {}
+        if any((amount or 0) > (mine.get(resource) or 0) for resource, amount in reserved.items()):
+            environments[name] = {key: before[key] for key in ("tier", "budget") if key in before}
+    return {"capacity": now["capacity"], "environments": environments}
 
 
 def budget(share: Budget | None) -> dict[str, float | int | None] | None:

@@ -119,6 +119,56 @@ def test_slices_hold_what_the_ledger_promises(deployment: Deployment) -> None:
     assert int(pids.read_text()) == limits["pids"] == 2048
 
 
+CONFIRMED: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], bool]] = {
+    "CIS 4.1 non-root": lambda config, _: config["User"] not in ("", "0", "root"),
+    "CIS 4.6 healthcheck": lambda config, _: bool(config["Healthcheck"]["Test"]),
+    "CIS 5.2 apparmor": lambda _, host: not any("apparmor=unconfined" in one for one in host["SecurityOpt"]),
+    "CIS 5.3 selinux": lambda _, host: not any(one.startswith("label") for one in host["SecurityOpt"]),
+    "CIS 5.4 drop-all-capabilities": lambda _, host: host["CapDrop"] == ["ALL"] and not host["CapAdd"],
+    "CIS 5.5 privileged": lambda _, host: host["Privileged"] is False,
+    "CIS 5.6 host-path": lambda _, host: not any(one.startswith("/") for one in host["Binds"] or ()),
+    "CIS 5.8 privileged-ports": lambda _, host: all(int(one["HostPort"]) > 1023 for one in ports(host)),
+    "CIS 5.10 host-namespaces": lambda _, host: host["NetworkMode"] != "host",
+    "CIS 5.11 memory-limit": lambda _, host: host["Memory"] > 0,
+    "CIS 5.13 read-only-root": lambda _, host: host["ReadonlyRootfs"] is True,
+    "CIS 5.14 public-ports": lambda _, host: all(one["HostIp"] == "127.0.0.1" for one in ports(host)),
+    "CIS 5.15 restart-policy": lambda _, host: host["RestartPolicy"]["Name"] == "unless-stopped",
+    "CIS 5.16 host-namespaces": lambda _, host: host["PidMode"] != "host",
+    "CIS 5.17 host-namespaces": lambda _, host: host["IpcMode"] != "host",
+    "CIS 5.18 devices": lambda _, host: not host["Devices"] and not host["DeviceCgroupRules"],
+    "CIS 5.19 ulimits": lambda _, host: not host["Ulimits"],
+    "CIS 5.20 mount-propagation": lambda _, host: not any("shared" in str(one) for one in host.get("Mounts") or ()),
+    "CIS 5.22 seccomp": lambda _, host: not any("seccomp" in one for one in host["SecurityOpt"]),
+    "CIS 5.25 own-slice": lambda _, host: "bulkhead-e2e" in host["CgroupParent"],
+    "CIS 5.26 no-new-privileges": lambda _, host: "no-new-privileges:true" in host["SecurityOpt"],
+    "CIS 5.31 host-namespaces": lambda _, host: host["UsernsMode"] != "host",
+    "CIS 5.32 engine-socket": lambda _, host: "docker.sock" not in str(host["Binds"]),
+    "init": lambda _, host: host["Init"] is True,
+    "log-rotation": lambda _, host: host["LogConfig"]["Config"]["max-size"] == "10m",
+    "graceful-stop": lambda config, _: config["StopTimeout"] >= 10,
+    "image-digest": lambda config, _: config["Image"].startswith("sha256:"),
+}
+"""What the pack accepts as hardened, as the engine's inspection has it: `Config` and `HostConfig` of a container."""
+
+
+def ports(host: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """The bindings of a container's published ports."""
+    return [one for bound in (host["PortBindings"] or {}).values() for one in bound]
+
+
+@pytest.mark.parametrize("check", CONFIRMED)
+def test_an_inspection_confirms_what_the_policies_accept_as_hardened(check: str, engine: docker.DockerClient) -> None:
+    containers = [one for environment in (PROD, DEV) for one in running(engine, environment)]
+    assert len(containers) >= 11
+    failing = {one.name for one in containers if not CONFIRMED[check](one.attrs["Config"], one.attrs["HostConfig"])}
+    assert failing == set()
+
+
+def test_no_container_is_on_the_default_bridge_as_cis_5_30_has_it(engine: docker.DockerClient) -> None:
+    containers = [one for environment in (PROD, DEV) for one in running(engine, environment)]
+    assert not any("bridge" in one.attrs["NetworkSettings"]["Networks"] for one in containers)
+
+
 def test_containers_of_the_two_environments_share_no_network(engine: docker.DockerClient) -> None:
     attached = {
         environment: {

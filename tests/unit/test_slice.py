@@ -1,9 +1,13 @@
 """Slices: what is promised in the ledger as cgroup files and slice units, for both drivers and cgroup versions."""
 
 from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from components.slice import SliceArgs, scripts, v1_files, v2_files
 from settings.ledger import Budget, Tier
+from stacks.host import not_lowered
 
 GIB = 1024**3
 PROD = SliceArgs(
@@ -110,3 +114,27 @@ def test_a_slice_with_processes_is_never_stopped() -> None:
 def test_a_unit_with_a_quota_gives_it_in_percent_of_one_cpu() -> None:
     half = replace(DEV, driver="systemd", limits=Budget(cpus=6, memory=GIB, pids=1))
     assert "CPUQuota=600%" in scripts(half, "bulkhead-dev.slice")[0].splitlines()
+
+
+def reserved(**budget: float) -> dict[str, Any]:
+    """An environment as the host stack puts it out."""
+    return {"tier": "protected", "budget": {"reservations": budget, "limits": None}}
+
+
+@pytest.mark.parametrize(
+    ("deployed", "now", "shown"),
+    [
+        ({}, {"prod": reserved(cpus=2)}, {"prod": reserved(cpus=2)}),
+        ({"prod": reserved(cpus=2)}, {"prod": reserved(cpus=2)}, {"prod": reserved(cpus=2)}),
+        ({"prod": reserved(cpus=2)}, {"prod": reserved(cpus=3)}, {"prod": reserved(cpus=3)}),
+        ({"prod": reserved(cpus=2)}, {"prod": reserved(cpus=1)}, {"prod": reserved(cpus=2)}),
+        ({"prod": reserved(cpus=2)}, {}, {"prod": reserved(cpus=2)}),
+        ({"prod": reserved(cpus=2, memory=5)}, {"prod": reserved(cpus=3)}, {"prod": reserved(cpus=2, memory=5)}),
+        ({"dev": {"budget": {"reservations": None}}}, {"dev": {"tier": "x"}}, {"dev": {"tier": "x"}}),
+    ],
+)
+def test_policies_see_what_a_deploy_would_lower_as_it_is_deployed(
+    deployed: dict[str, Any], now: dict[str, Any], shown: dict[str, Any]
+) -> None:
+    told = not_lowered({"environments": deployed}, {"capacity": {"cpus": 2}, "environments": now})
+    assert told == {"capacity": {"cpus": 2}, "environments": shown}
