@@ -116,7 +116,7 @@ def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
         )
     elif driver == "json-file" and about.one("start") is not False:
         size = about.one("logOpts.max-size")
-        if size in (None, "", "-1", -1):
+        if size in (None, "", "-1"):
             yield Finding(
                 repr(size) if size else "not set",
                 "one chatty container fills the disk, and every environment stops",

@@ -157,12 +157,11 @@ def added_capabilities(field: Field, _about: Subject) -> Iterator[Finding]:
 
 def _drop_net_raw(resource: Resource) -> Mapping[str, Any] | None:
     written = resource.props.get("capabilities") or {}
-    drops = written.get("drops") if isinstance(written, Mapping) else None
-    if not isinstance(written, Mapping) or not isinstance(drops, list | None):
+    if not isinstance(written, Mapping):
         return None
     if "NET_RAW" in map(bare, written.get("adds") or ()):
         return None  # asked for: added-capabilities says what it thinks of that
-    return {"capabilities": {**written, "drops": sorted([*(drops or ()), "CAP_NET_RAW"])}}
+    return {"capabilities": {**written, "drops": sorted([*(written.get("drops") or ()), "CAP_NET_RAW"])}}
 
 
 @rule(

@@ -43,8 +43,8 @@ DISKS = ("/dev",)
 
 # (what a path begins with, what that is): /var/run links to /run, and a process's root and cwd lead back to /.
 ALIASES = (
-    (re.compile(r"/var/run(?=/|$)"), "/run"),
-    (re.compile(r"/proc/[^/]+/(?:task/[^/]+/)?(?:root|cwd)(?=/|$)"), ""),
+    (re.compile(r"^/var/run(?=/|$)"), "/run"),
+    (re.compile(r"^/proc/[^/]+/(?:task/[^/]+/)?(?:root|cwd)(?=/|$)"), ""),
 )
 
 
@@ -52,7 +52,7 @@ def normal(path: str) -> str:
     """`/var/run/../run//docker.sock` as `/run/docker.sock`. A path without a leading / is taken from /."""
     path = _clean(path)
     for alias, target in ALIASES:
-        path = _clean(alias.sub(target, path, count=1))
+        path = _clean(alias.sub(target, path))
     return path
 
 

@@ -249,14 +249,14 @@ def reservation_step(_field: Field, about: Subject) -> Iterator[Finding]:
         reserved = _mapping(_mapping(_mapping(told).get("budget")).get("reservations"))
         now = ledger.environments.get(name)
         for resource in RESOURCES:
-            before = reserved.get(resource)
+            before = reserved.get(resource) or 0
             if before is UNKNOWN:
                 raise UndecidedError
-            amount = getattr(now.reservations, resource, None) if now and now.reservations else None
-            least = (before or 0) * (1 - about.options["percent"] / 100)
-            if before and (amount or 0) < least * (1 - ROUNDING):
+            amount = (getattr(now.reservations, resource, None) if now and now.reservations else None) or 0
+            least = before * (1 - about.options["percent"] / 100)
+            if amount < least * (1 - ROUNDING):
                 yield Finding(
-                    f"{ledger.file}: {name}.reservations.{resource}: {shown(resource, amount or 0)}",
+                    f"{ledger.file}: {name}.reservations.{resource}: {shown(resource, amount)}",
                     f"{name} has {shown(resource, before)} today, and would lose more than "
                     f"{about.options['percent']:g}% of it at once",
                     f"keep at least {shown(resource, least)}, or write into bulkhead:exempt of the ledger: "

@@ -32,6 +32,7 @@ from tests.policies.harness import (
     run,
     secret,
 )
+from tests.policies.harness import urn as harness_urn
 
 IDS = [rule.id for rule in RULES]
 HEADLINE = {
@@ -293,6 +294,52 @@ def test_rule_says_where_it_comes_from_and_the_headline_has_no_exemption(rule: R
     assert rule.headline is (rule.id in HEADLINE)
 
 
+ONLY_PROTECTED = {
+    "protected-cpu-quota",
+    "service-reservations",
+    "rollout-fits",
+    "gateway-ports",
+    "restart-policy",
+    "graceful-stop",
+    "image-digest",
+    "volume-protected",
+    "volume-backup",
+}
+ONLY_BEST_EFFORT = {"public-ports", "best-effort-command"}
+NOT_THE_HOST = {
+    "service-fits",
+    "stack-reference",
+    "drop-all-capabilities",
+    "no-new-privileges",
+    "non-root",
+    "read-only-root",
+    "memory-limit",
+    "privileged-ports",
+    "ulimits",
+    "sshd",
+    "secret-variables",
+    "init",
+    "healthcheck",
+    "image-latest",
+    "unsupported-resource",
+    "engine-command",
+    "own-labels",
+}
+"""The host's own containers are the system's: they are judged by what would let one out of it."""
+
+
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_a_rule_applies_in_these_tiers_and_no_others(rule: Rule, tmp_path: Path) -> None:
+    tiers = {"protected", "best-effort", "host"}
+    if rule.id in ONLY_PROTECTED | ONLY_BEST_EFFORT | NOT_THE_HOST:
+        tiers -= {"host"}
+    if rule.id in ONLY_PROTECTED:
+        tiers -= {"best-effort"}
+    if rule.id in ONLY_BEST_EFFORT:
+        tiers -= {"protected"}
+    assert set(map(str, rule.tiers)) == tiers
+
+
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.remedy], ids=lambda rule: rule.id)
 def test_remedy_sets_what_is_not_set_and_leaves_what_somebody_chose(rule: Rule, tmp_path: Path) -> None:
     unset: dict[str, Any] = {"capabilities": None, "securityOpts": None, "logOpts": None, "init": None}
@@ -308,8 +355,41 @@ def test_remedy_sets_what_is_not_set_and_leaves_what_somebody_chose(rule: Rule, 
     plain = case.resources[0]
     remedied = run(case.stack, [plain.but(**unset)], ledger, [rule], remedy=True)
     assert remedied == []
-    left = run(case.stack, [plain.but(**chosen[rule.id])], ledger, [rule], remedy=True)
-    assert {one.rule for one in left} == ({rule.id} if rule.id != "init" else set())
+    left = plain.but(**chosen[rule.id])
+    assert {one.rule for one in run(case.stack, [left], ledger, [rule], remedy=True)} == (
+        {rule.id} if rule.id != "init" else set()
+    )
+    server: Any = Server([rule], World.of(ledger))
+    assert not server.Remediate(as_input(left, {left.name: harness_urn(case.stack, left)}), None).remediations
+    for before, after in REMEDIED.get(rule.id, ()):
+        assert rule.remedy
+        assert rule.remedy(Resource(CONTAINER, "api", "", before, provider={})) == after
+
+
+REMEDIED: Mapping[str, Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]] = {
+    "net-raw": (
+        ({}, {"capabilities": {"drops": ["CAP_NET_RAW"]}}),
+        (
+            {"capabilities": {"adds": ["CHOWN"], "drops": ["MKNOD"]}},
+            {"capabilities": {"adds": ["CHOWN"], "drops": ["CAP_NET_RAW", "MKNOD"]}},
+        ),
+        ({"capabilities": [{"drops": ["MKNOD"]}]}, None),
+    ),
+    "no-new-privileges": (
+        ({"securityOpts": ["label=level:s0"]}, {"securityOpts": ["label=level:s0", "no-new-privileges:true"]}),
+    ),
+    "log-rotation": (
+        ({}, {"logOpts": {"max-size": "10m", "max-file": "3"}}),
+        ({"logDriver": ""}, {"logOpts": {"max-size": "10m", "max-file": "3"}}),
+        (
+            {"logDriver": "json-file", "logOpts": {"max-file": "5", "tag": "x"}},
+            {"logOpts": {"max-size": "10m", "max-file": "5", "tag": "x"}},
+        ),
+        ({"logDriver": "syslog"}, None),
+        ({"logOpts": [{"max-file": "5"}]}, None),
+    ),
+}
+"""Properties of a container before, and what the remedy sets; None where it leaves it to somebody."""
 
 
 def test_remedies_keep_unknowns_and_secrets_as_they_are(tmp_path: Path) -> None:
