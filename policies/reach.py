@@ -409,8 +409,8 @@ def address_reach(field: Field, about: Subject) -> Iterator[Finding]:
     if not field.value:
         return
     text = str(field.value)
-    name, _, address = text.replace("=", ":", 1).partition(":")  # `db:10.81.0.3`, as builds have it
-    for word in (text, name, address):
+    address = text.replace("=", ":", 1).partition(":")[2]  # `db:10.81.0.3`, as builds have it
+    for word in (text, address):
         other = _owner_of(word.strip("[]"), about)
         whose = other or "the host itself, and what every environment publishes there"
         if word == "host-gateway" or (other and about.own is not None):
