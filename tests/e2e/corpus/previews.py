@@ -88,6 +88,8 @@ class Corpus:
         variables = {
             **self._variables,
             "BULKHEAD_LEDGER": str(folder / "Pulumi.host.yaml"),
+            # The pack would import its rules from the checkout that the Python environment was made for.
+            "PYTHONPATH": str(self._project),
             verdicts.VARIABLE: str(said),
         }
         ran = Pulumi(folder, variables).capture(
