@@ -51,8 +51,11 @@ ALIASES = (
 def normal(path: str) -> str:
     """`/var/run/../run//docker.sock` as `/run/docker.sock`. A path without a leading / is taken from /."""
     path = _clean(path)
-    for alias, target in ALIASES:
-        path = _clean(alias.sub(target, path))
+    before = ""
+    while path != before:  # one alias can lead to another: /proc/1/root/var/run
+        before = path
+        for alias, target in ALIASES:
+            path = _clean(alias.sub(target, path))
     return path
 
 
