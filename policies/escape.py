@@ -225,7 +225,11 @@ def exemption(_field: Field, about: Subject) -> Iterator[Finding]:
         if not isinstance(one, Mapping):
             raise UndecidedError
         name = str(one.get("rule"))
-        judged = accepted(one, BY_ID[name], about) if name in BY_ID else f"there is no rule of that name. {_near(name)}"
+        judged = (
+            accepted(one, BY_ID[name], about)
+            if name in BY_ID
+            else f"there is no rule of that name. {did_you_mean(name, BY_ID)}"
+        )
         if isinstance(judged, str):
             yield Finding(
                 repr(name),
@@ -233,9 +237,3 @@ def exemption(_field: Field, about: Subject) -> Iterator[Finding]:
                 "correct or remove it (x-bulkhead.exempt)",
                 at=f"exempt[{number}]",
             )
-
-
-def _near(name: str) -> str:
-    from policies.registry import BY_ID
-
-    return did_you_mean(name, BY_ID)

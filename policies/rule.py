@@ -205,6 +205,8 @@ class Rule:
         """What follows from the resource's inputs and the ledger. What stays open waits for `together`."""
         waiting = world.open.setdefault(self.id, set())
         waiting.discard(resource.urn)
+        if not self._matches(resource):
+            return []
         verdicts = []
         subject = self._subject(resource, world, setting)
         for read, verdict in self._verdicts(subject):
@@ -213,6 +215,14 @@ class Rule:
             else:
                 waiting.add(resource.urn)
         return verdicts
+
+    def broken(self, resource: Resource, world: World, setting: Setting | None = None) -> bool:
+        """Whether the resource by itself breaks it for certain, and no exemption holds: then a remedy is wanted."""
+        if not self._matches(resource):
+            return False
+        subject = self._subject(resource, world, setting)
+        findings = (found for _, found in self._verdicts(subject) if isinstance(found, Finding))
+        return any(self._exempted(subject, found.environment)[0] is None for found in findings)
 
     def together(self, world: World, graph: Graph, setting: Setting | None = None) -> Iterator[Verdict]:
         """What everything that was left open comes to, now with the whole stack. Still open is a violation."""
@@ -271,8 +281,6 @@ class Rule:
 
     def _verdicts(self, subject: Subject) -> Iterator[tuple["_Read", Finding | Open]]:
         """Every verdict on every value that the rule reads of the resource."""
-        if not self._matches(subject.resource):
-            return
         try:
             for read in self._reads(subject.resource) if self._in_tier(subject) else ():
                 unknown = read.field.value is UNKNOWN
@@ -346,13 +354,9 @@ def exemptions(resource: Resource, world: World) -> list[Any]:
             return [one.model_dump(mode="json") for one in world.settings.exempt]
         except SettingsError:
             return []
-    found: list[Any] = []
-    one: Resource | None = resource if resource.type.startswith(OURS) else world.seen.get(resource.parent)
-    while one is not None:
-        written = one.props.get("exempt") if one.type.startswith(OURS) else None
-        found += written if isinstance(written, list) else []
-        one = world.seen.get(one.parent)
-    return found
+    components = (one for one in (resource, *world.above(resource)) if one.type.startswith(OURS))
+    lists = (one.props.get("exempt") for one in components)
+    return [exemption for written in lists if isinstance(written, list) for exemption in written]
 
 
 def accepted(written: Mapping[str, Any], rule: Rule, subject: Subject) -> Exemption | str:

@@ -87,7 +87,7 @@ class Server(AnalyzerServicer):
             setting = self._settings.get(rule.id)
             if (setting.level if setting else rule.level) is not Level.REMEDIATE or rule.remedy is None:
                 continue
-            if not self._breaks(rule, resource, setting):
+            if not rule.broken(resource, self._world, setting):
                 continue
             changes = rule.remedy(resource) or {}
             # A secret that is written anew would be one no more: then the violation stands.
@@ -106,13 +106,6 @@ class Server(AnalyzerServicer):
                 self._tell(rule, resource, {"verdict": "remediated", "level": rule.level, "path": ", ".join(changes)})
                 resource = Resource(**{**vars(resource), "props": {**resource.props, **changes}})
         return response
-
-    def _breaks(self, rule: Rule, resource: Resource, setting: Setting | None) -> bool:
-        """Whether a remedy is wanted: broken for certain, and not exempted."""
-        before = set(self._world.open.get(rule.id, ()))
-        broken = any(verdict.exemption is None for verdict in rule.alone(resource, self._world, setting))
-        self._world.open[rule.id] = before
-        return broken
 
     def Analyze(self, request: Any, _context: Any) -> Any:
         """What one resource breaks; mandatory violations block it."""

@@ -146,10 +146,14 @@ class World:
 
     def component(self, resource: Resource, kind: str) -> Resource | None:
         """The nearest component `bulkhead:index:<kind>` that the resource is a child of."""
-        above = self.seen.get(resource.parent)
-        while above is not None and above.type != f"{OURS}{kind}":
-            above = self.seen.get(above.parent)
-        return above
+        return next((one for one in self.above(resource) if one.type == f"{OURS}{kind}"), None)
+
+    def above(self, resource: Resource) -> Iterator[Resource]:
+        """Everything that the resource is a child of, the nearest first."""
+        one = self.seen.get(resource.parent)
+        while one is not None:
+            yield one
+            one = self.seen.get(one.parent)
 
 
 class Graph:

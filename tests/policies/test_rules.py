@@ -76,7 +76,7 @@ DERIVED = frozenset(
 )
 
 
-def derived(rule_id: str, case: Case) -> Iterator[Case]:
+def derived(case: Case) -> Iterator[Case]:
     """The same case in the ways that must change nothing, and in those that must change it in a known way."""
     yield replace(case, kind="secret", resources=tuple(map(in_secret, case.resources)))
     yield replace(case, kind="permuted order", resources=tuple(map(backwards, reversed(case.resources))), value="")
@@ -137,10 +137,7 @@ def all_unknown(one: Given) -> Given:
 
 
 CASES = [
-    (rule_id, case)
-    for rule_id, cases in FIXTURES.items()
-    for written in cases
-    for case in (written, *derived(rule_id, written))
+    (rule_id, case) for rule_id, cases in FIXTURES.items() for written in cases for case in (written, *derived(written))
 ]
 BROKEN = [(rule_id, case) for rule_id, cases in FIXTURES.items() for case in cases if case.violates]
 
@@ -189,7 +186,7 @@ def test_every_rule_has_fixtures_of_every_kind(rule_id: str) -> None:
     assert {case.kind for case in cases} >= wanted
     assert {name for case in cases if case.kind == CONFIG for name in case.options} >= options
     # The last three kinds are tests of their own below, over every broken case.
-    shown = {case.kind for written in cases for case in derived(rule_id, written)}
+    shown = {case.kind for written in cases for case in derived(written)}
     assert shown | {"config override", "exemption valid", "exemption expired"} == DERIVED
     assert any(case.violates for case in cases if case.kind == FAIL)
     assert any(not case.violates for case in cases if case.kind == PASS)
