@@ -40,7 +40,7 @@ class EnvironmentArgs:
 
     `project`: its compose files, read. `subnet`: the range that its networks are cut from. `cgroup_parent`: its
     slice, as the host stack gives it. `secrets`: values by name, for `external` secrets and for variables.
-    `cgroup_version`, `legacy_builder`, `host`: the host's, see `components.service` and `components.image`.
+    `cgroup_version`, `host`: the host's, see `components.service` and `components.image`.
     `variables`: where secrets and configs with an `environment` take their values.
     """
 
@@ -49,7 +49,6 @@ class EnvironmentArgs:
     subnet: IPv4Network
     cgroup_parent: pulumi.Input[str]
     cgroup_version: pulumi.Input[int] = 1
-    legacy_builder: pulumi.Input[bool] = False
     host: str | None = None
     secrets: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -110,8 +109,13 @@ class Environment(pulumi.ComponentResource):
         """The image of each service; services with the same build share one."""
         made: dict[str, Image] = {}
         found: dict[str, Image] = {}
-        for key, service in sorted(self._args.project.services.items()):
-            source = service.build.model_dump_json() if service.build else f"image {service.image}"
+        services = sorted(self._args.project.services.items())
+        sources = {
+            key: service.build.model_dump_json() if service.build else f"image {service.image}"
+            for key, service in services
+        }
+        for key, service in services:
+            source = sources[key]
             if source not in made:
                 made[source] = Image(
                     f"{self._name}-{key}",
@@ -122,7 +126,14 @@ class Environment(pulumi.ComponentResource):
                         cgroup_parent=self._args.cgroup_parent,
                         image=None if service.build else service.image,
                         build=service.build,
-                        legacy_builder=self._args.legacy_builder,
+                        host=self._args.host,
+                        # It is one image: who may run it by its tag for one service may for the other.
+                        exempt=[
+                            one.model_dump(mode="json")
+                            for other, sharing in services
+                            if sources[other] == source
+                            for one in sharing.x_bulkhead.exempt
+                        ],
                     ),
                     opts=pulumi.ResourceOptions(parent=self),
                 )

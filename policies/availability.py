@@ -156,7 +156,8 @@ def image_latest(field: Field, _about: Subject) -> Iterator[Finding]:
 )
 def image_digest(field: Field, about: Subject) -> Iterator[Finding]:
     """An image that is built here is named by its content; a container runs the id of an image of this stack."""
-    if about.resource.type == IMAGE and about.resource.props.get("build") is not None:
+    sources = (about.resource, about.world.component(about.resource, "Image"))
+    if about.resource.type == IMAGE and any(one is not None and one.props.get("build") is not None for one in sources):
         return
     if not DIGEST.search(str(field.value or "")):
         yield Finding(

@@ -19,7 +19,7 @@ from policies.rule import (
     number,
     rule,
 )
-from policies.world import CONTAINER, IMAGE, NETWORK, Field, Resource
+from policies.world import BUILT, CONTAINER, IMAGE, NETWORK, Field, Resource
 
 BASELINE_CAPABILITIES = frozenset(
     {
@@ -366,7 +366,8 @@ def sysctls(field: Field, _about: Subject) -> Iterator[Finding]:
             ["/srv/{environment}"], "Folders that may be mounted, and what is in them; {environment} is its name."
         ),
         "readable": listed(
-            ["{checkout}"], "Folders that may be mounted read-only; {checkout} is the one that holds the ledger."
+            ["{checkout}", "/etc/localtime", "/etc/timezone"],
+            "Folders and files that may be mounted read-only; {checkout} is the folder that holds the ledger.",
         ),
     },
 )
@@ -593,7 +594,7 @@ def sshd(field: Field, _about: Subject) -> Iterator[Finding]:
     id="secret-variables",
     title="secrets are files, not variables",
     references=("CIS 4.10", "docker inspect shows every variable"),
-    reads={CONTAINER: ("envs",), IMAGE: ("build.buildArgs.*",)},
+    reads={CONTAINER: ("envs",), IMAGE: ("build.buildArgs.*",), BUILT: ("build.buildArgs.*",)},
     exemptable=ENVIRONMENTS,
     advised=BEST_EFFORT,
 )

@@ -9,7 +9,20 @@ from typing import Any
 from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, opened, overlaps
 from policies.rule import BEST_EFFORT, EVERYWHERE, OPEN, PROTECTED, Finding, Open, Subject, UndecidedError, rule
 from policies.wire import UNKNOWN
-from policies.world import CONTAINER, HOST, IMAGE, NETWORK, PROVIDER, PUSHED, REFERENCE, STACK, TAG, VOLUME, Field
+from policies.world import (
+    BUILT,
+    CONTAINER,
+    HOST,
+    IMAGE,
+    NETWORK,
+    PROVIDER,
+    PUSHED,
+    REFERENCE,
+    STACK,
+    TAG,
+    VOLUME,
+    Field,
+)
 from settings.ledger import Environment, Tier
 
 SHARED_NETWORKS = frozenset({"", "bridge", "default"})
@@ -487,6 +500,7 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
             "build.authConfigs.hostName",
             "build.authConfigs.serverAddress",
         ),
+        BUILT: ("build.context",),
         PROVIDER: ("registryAuth.address", "registryAuth.username", "registryAuth.configFile"),
     },
     tiers=EVERYWHERE,

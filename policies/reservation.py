@@ -7,7 +7,7 @@ from typing import Any
 
 from policies.rule import ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, UndecidedError, number, rule
 from policies.wire import UNKNOWN
-from policies.world import CONTAINER, HOST, IMAGE, STACK, Field
+from policies.world import BUILT, CONTAINER, HOST, IMAGE, STACK, Field
 from settings.errors import SettingsError
 from settings.ledger import RESOURCES, Environment, Ledger, Tier, promise, shown, slice_name
 
@@ -55,7 +55,7 @@ def _unreserved(ledger: Ledger) -> Iterator[Finding]:
     id="own-slice",
     title="containers and builds run in the slice of their own environment",
     references=("CIS 5.25",),
-    reads={CONTAINER: ("cgroupParent",), IMAGE: ("build.cgroupParent",)},
+    reads={CONTAINER: ("cgroupParent",), IMAGE: ("build.cgroupParent",), BUILT: ("build.cgroupParent",)},
     tiers=EVERYWHERE,
 )
 def own_slice(field: Field, about: Subject) -> Iterator[Finding]:

@@ -44,6 +44,7 @@ class Server(AnalyzerServicer):
         self._rules, self._world, self._record = rules, world, record
         self._settings: Mapping[str, Setting] = {}
         self._stack = ""
+        self._said: set[tuple[str, str]] = set()  # (rule, URN) of every verdict that is no pass
 
     def GetPluginInfo(self, _request: Any, _context: Any) -> Any:
         """The version of the package."""
@@ -128,6 +129,10 @@ class Server(AnalyzerServicer):
             for verdict in rule.together(self._world, graph, self._settings.get(rule.id))
         )
         if self._record:
+            for rule in self._enabled():
+                for urn in sorted(self._world.open.get(rule.id, ())):
+                    if (rule.id, urn) not in self._said:
+                        self._tell(rule, self._world.seen[urn], {"verdict": "pass", "level": rule.level})
             self._record({"stack": self._stack, "complete": True})
         return response
 
@@ -149,6 +154,7 @@ class Server(AnalyzerServicer):
         response = analyzer_pb2.AnalyzeResponse()
         for verdict in {(one.rule.id, one.resource.urn, one.message): one for one in verdicts}.values():
             exemption = verdict.exemption
+            self._said.add((verdict.rule.id, verdict.resource.urn))
             self._tell(
                 verdict.rule,
                 verdict.resource,

@@ -21,6 +21,8 @@ PROVIDER: Final = "pulumi:providers:docker"
 STACK: Final = "pulumi:pulumi:Stack"
 REFERENCE: Final = "pulumi:pulumi:StackReference"
 OURS: Final = "bulkhead:index:"
+BUILT: Final = f"{OURS}Image"
+"""The component of an image: where it is built here, its inputs tell how."""
 
 HOST: Final = "host"
 """The stack of the machine itself. It is no environment."""

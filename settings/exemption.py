@@ -23,7 +23,10 @@ def _day(written: object) -> object:
     if isinstance(written, date):
         return written
     try:
-        return date.fromisoformat(written if isinstance(written, str) else "")
+        # A date without quotes in a stack's settings comes back from Pulumi, once it has written the file anew, as a
+        # point in time: `2027-01-31 00:00:00 +0000 UTC`.
+        day = written.removesuffix(" 00:00:00 +0000 UTC") if isinstance(written, str) else ""
+        return date.fromisoformat(day)
     except ValueError:
         raise ValueError("not a date; write the last day on which it holds, as in 2027-01-31") from None
 

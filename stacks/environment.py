@@ -40,7 +40,6 @@ def build() -> Environment:
             subnet=promised.subnet,
             cgroup_parent=mine["cgroup_parent"],
             cgroup_version=engine["cgroup_version"],
-            legacy_builder=engine["legacy_builder"],
             host=ledger.host,
             variables={
                 **os.environ,

@@ -13,8 +13,6 @@ from settings import host
 from settings.ledger import Budget, LedgerSettings
 from settings.project import root
 
-# Engines before it build through their own API: 20.10 runs builds in a group of its own on either way.
-BUILDKIT_IN_SLICES = 23
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -71,7 +69,6 @@ def build() -> None:
             "version": facts.server_version,
             "cgroup_driver": facts.cgroup_driver,
             "cgroup_version": facts.cgroup_version,
-            "legacy_builder": int(facts.server_version.split(".")[0]) < BUILDKIT_IN_SLICES,
         },
     )
     pulumi.export("environments", told)

@@ -124,6 +124,12 @@ def test_tells_every_verdict_to_the_report(tmp_path: Path) -> None:
     assert ("privileged", "pass") in by
     assert ("network-reach", "violation") not in by
     assert told[-1] == {"stack": "prod", "complete": True}
+    judged = [(line["rule"], line["urn"]) for line in told if line.get("verdict") == "pass"]
+    applying = {(rule.id, urns[one.name]) for rule in RULES if "docker:index/container:Container" in rule.reads}
+    tiers = {rule.id for rule in RULES if "protected" in rule.tiers}
+    all_told = {(line["rule"], line["urn"]) for line in told if "rule" in line}
+    assert {pair for pair in applying if pair[0] in tiers} <= all_told, "also what was left open for the whole stack"
+    assert len(judged) == len(set(judged))
     assert SECRET not in str(told)
     exempted = next(line for line in told if line.get("verdict") == "exempt")
     assert exempted["exemption"] == {"reason": exempt["reason"], "owner": "a", "expires": "2999-01-01"}

@@ -55,7 +55,6 @@ OUTPUTS: dict[str, Any] = {
             "version": "20.10.24+dfsg1",
             "cgroup_driver": "cgroupfs",
             "cgroup_version": 1,
-            "legacy_builder": True,
         },
         "environments": {
             name: {

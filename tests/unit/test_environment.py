@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.environment import Environment, EnvironmentArgs, allocate, is_internal, notes
-from settings.compose import Network, Project
+from components.image import ImageArgs, build_command
+from settings.compose import Build, Network, Project
 from settings.errors import SettingsError
 from settings.ledger import Tier
 
@@ -199,6 +200,38 @@ def test_an_external_network_is_attached_by_name_and_not_made(engine: Engine) ->
     )
     assert not [key for key in engine.seen if "Network" in key and key.startswith("docker")]
     assert engine.seen[f"{CONTAINER}::prod-a-1"].inputs["networksAdvanced"][0]["name"] == "prod-backend"
+
+
+def test_an_image_is_exempted_where_a_service_that_runs_it_is(engine: Engine) -> None:
+    exempt = {"rule": "image-digest", "reason": "nobody pushes this tag again", "owner": "ann", "expires": "2099-01-31"}
+    services = {"a": {"image": "x:1"}, "b": {"image": "x:1", "x_bulkhead": {"exempt": [exempt]}}, "c": {"image": "y:1"}}
+    deployed(engine, project(services=services))
+    shown = {key: args.inputs for key, args in engine.seen.items() if key.startswith("bulkhead:index:Image")}
+    assert shown == {"bulkhead:index:Image::prod-a": {"exempt": [exempt]}, "bulkhead:index:Image::prod-c": {}}
+
+
+def test_policies_see_how_an_image_is_built_and_the_provider_only_finds_it(engine: Engine, tmp_path: Any) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    deployed(engine, project(services={"a": {"build": {"context": str(tmp_path), "args": {"VERSION": "1"}}}}))
+    built = engine.seen["bulkhead:index:Image::prod-a"].inputs["build"]
+    assert built == {
+        "context": str(tmp_path),
+        "dockerfile": "Dockerfile",
+        "buildArgs": {"VERSION": "1"},
+        "cgroupParent": "/bulkhead-prod",
+    }
+    (found,) = (args.inputs for key, args in engine.seen.items() if key.startswith("docker:index/remoteImage"))
+    assert set(found) == {"name"}
+
+
+def test_a_build_runs_in_its_environments_slice(tmp_path: Any) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    build = Build(context=str(tmp_path), target="run", args={"VERSION": "1"})
+    args = ImageArgs(environment="dev", tier=Tier.BEST_EFFORT, service="api", cgroup_parent="", build=build)
+    command = build_command("bulkhead/dev-api:1", args, build, "/bulkhead-dev")
+    assert command[:6] == ["docker", "build", "--tag", "bulkhead/dev-api:1", "--cgroup-parent", "/bulkhead-dev"]
+    assert command[-1] == str(tmp_path)
+    assert {"--build-arg", "VERSION=1", "--target", "run", "bulkhead.environment=dev"} <= set(command)
 
 
 def test_services_with_the_same_build_share_one_image(engine: Engine, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 One case per behaviour: the changed line of a valid ledger, and the exact message or amount."""
 
 import itertools
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -463,3 +464,12 @@ def test_the_order_of_writing_changes_no_promise(
     random.shuffle(names)
     other = one.model_copy(update={"environments": {name: one.environments[name] for name in names}})
     assert attempt(one)[0] == attempt(other)[0]
+
+
+@pytest.mark.parametrize("written", ["2099-12-31", '"2099-12-31"', "2099-12-31 00:00:00 +0000 UTC"])
+def test_the_date_of_an_exemption_is_read_as_written_and_as_pulumi_writes_it_anew(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "Pulumi.host.yaml"
+    exempt = f"{{rule: lowered-reservation, reason: moved to a second host, owner: ann, expires: {written}}}"
+    path.write_text(VALID + f"  bulkhead:exempt: [{exempt.replace('{', '{environment: prod, ', 1)}]\n")
+    (read,) = LedgerSettings.read(path).exempt
+    assert read.expires == date(2099, 12, 31)

@@ -146,8 +146,9 @@ def _reasons(entry: Documented) -> str:
 
 PAGE = """# Compose files as people run them
 
-{files} Compose files as their projects document them, shortened to what the rules look at, previewed with Pulumi and
-the policy pack in a best-effort environment (`tests/e2e/test_corpus.py`). {passing} pass as they are; {rest} are
+{files} Compose files of the kinds people run, condensed to what the rules look at: about ten were compared with the
+file that their project publishes, the others follow its documentation. Each is previewed with Pulumi and the policy
+pack in a best-effort environment (`tests/e2e/test_corpus.py`). {passing} pass as they are; {rest} are
 refused, each for the rules below and no other. Restricted rules (root, writable root file system, no limits, passwords
 in variables, tags) are advice there, so they are not listed.
 

@@ -141,7 +141,7 @@ def outputs(ledger: Ledger) -> dict[str, Any]:
     return {
         "capacity": ledger.capacity.model_dump(),
         "system": budget(ledger.system),
-        "engine": {"version": "20.10.24", "cgroup_driver": "cgroupfs", "cgroup_version": 1, "legacy_builder": True},
+        "engine": {"version": "20.10.24", "cgroup_driver": "cgroupfs", "cgroup_version": 1},
         "environments": {
             name: {
                 "tier": str(one.tier),
