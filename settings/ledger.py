@@ -4,6 +4,7 @@ Written quantities are resolved against the capacity; a promise that the machine
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -24,6 +25,10 @@ DEFAULT_PIDS = 4096
 
 PRIVATE = tuple(IPv4Network(block) for block in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
 """RFC 1918. `IPv4Network.is_private` also admits loopback, link-local and documentation ranges."""
+
+DEFAULT_IO = 0.5
+"""Ceiling on reads and writes of a best-effort environment that names none, as a share of the disk's measured speed:
+half for it, half for everyone else."""
 
 UNIQUE_LOCAL = IPv6Network("fc00::/7")
 """RFC 4193."""
@@ -51,6 +56,16 @@ Bytes = Annotated[int | Percent, _share(parse_bytes)]
 Count = Annotated[int, Field(gt=0, strict=True)]
 
 
+def _percent(written: object) -> Percent:
+    percent = parse_percent(written)
+    if percent is None:
+        raise ValueError("not a share of the disk's speed; write a percentage such as 50%")
+    return percent
+
+
+Portion = Annotated[Percent, BeforeValidator(_percent)]
+
+
 class Shares(Frozen):
     """Reservations, or what the system keeps, as written."""
 
@@ -60,9 +75,14 @@ class Shares(Frozen):
 
 
 class Limits(Shares):
-    """Ceilings as written. `pids` counts processes and threads of the whole environment."""
+    """Ceilings as written. `pids` counts processes and threads of the whole environment.
+
+    `io`: of reads and writes, as a share of the speed that was measured of the engine's disk; best-effort only, and
+    only where the disk's scheduler knows no weights.
+    """
 
     pids: Count | None = None
+    io: Portion | None = None
 
 
 class CapacitySettings(Frozen):
@@ -136,6 +156,11 @@ class EnvironmentShares(Frozen):
                 "a best-effort environment needs a memory limit; "
                 "add for example limits: {cpus: 100%, memory: 30%, pids: 4096}"
             )
+        if self.tier is Tier.PROTECTED and limits.io:
+            raise ValueError(
+                "a protected environment's reads and writes have no ceiling; "
+                "remove limits.io, or lower that of the best-effort environments"
+            )
         if self.tier is Tier.BEST_EFFORT and self.reservations:
             raise ValueError(
                 "a best-effort environment gives way and cannot have reservations; "
@@ -153,12 +178,16 @@ class Capacity(Frozen):
 
 
 class Budget(Frozen):
-    """Resolved amounts: CPUs, bytes, bytes, count. `None`: not promised, or not limited."""
+    """Resolved amounts: CPUs, bytes, bytes, count, and of the disk's speed a share between 0 and 1.
+
+    `None`: not promised, or not limited.
+    """
 
     cpus: float | None = None
     memory: int | None = None
     disk: int | None = None
     pids: int | None = None
+    io: float | None = None
 
 
 class Environment(Frozen):
@@ -394,9 +423,10 @@ class LedgerSettings(Frozen):
 
 
 def _with_ceilings(limits: Limits, tier: Tier) -> Limits:
-    if tier is Tier.BEST_EFFORT and limits.pids is None:
-        return limits.model_copy(update={"pids": DEFAULT_PIDS})
-    return limits
+    if tier is not Tier.BEST_EFFORT:
+        return limits
+    defaults = {"pids": DEFAULT_PIDS, "io": Percent(Decimal(100) * Decimal(DEFAULT_IO))}
+    return limits.model_copy(update={name: value for name, value in defaults.items() if getattr(limits, name) is None})
 
 
 def _budget(written: Shares, capacity: Mapping[str, int]) -> Budget:
@@ -406,6 +436,7 @@ def _budget(written: Shares, capacity: Mapping[str, int]) -> Budget:
         memory=whole["memory"],
         disk=whole["disk"],
         pids=getattr(written, "pids", None),
+        io=float(written.io.value) / 100 if isinstance(written, Limits) and written.io else None,
     )
 
 

@@ -280,9 +280,9 @@ def test_an_engine_that_cannot_be_asked_names_the_next_step(address: str, messag
 SSH = """\
 #!/bin/sh
 case "$*" in
-  *"docker info"*) echo '{"ServerVersion": "28.3.3", "NCPU": 4, "MemTotal": 1024, "DockerRootDir": "/srv/docker",
-    "CgroupDriver": "systemd", "CgroupVersion": "2", "KernelVersion": "6.1", "OperatingSystem": "Debian"}' ;;
-  *df*/srv/docker) printf '1B-blocks Avail\\n 1000 400\\n' ;;
+  *"docker info"*df*boot_id) echo '{"ServerVersion": "28.3.3", "NCPU": 4, "MemTotal": 1024,
+    "DockerRootDir": "/srv/docker", "CgroupDriver": "systemd", "CgroupVersion": "2", "KernelVersion": "6.1",
+    "OperatingSystem": "Debian"}'; printf '1B-blocks Avail\\n 1000 400\\n'; echo 7f3a ;;
   *) exit 9 ;;
 esac
 """
@@ -295,6 +295,7 @@ def test_a_remote_engine_is_asked_over_ssh(tmp_path: Path, monkeypatch: pytest.M
     facts = host.facts("ssh://me@box")
     assert facts.capacity() == {"cpus": 4, "memory": 1024, "disk": 1000}
     assert (facts.disk_free, facts.cgroup_driver, facts.cgroup_version) == (400, "systemd", 2)
+    assert facts.boot == "7f3a"
     assert not facts.local
 
 
