@@ -8,10 +8,14 @@ PYTHON := .venv/bin/python
 CLI := $(PYTHON) -m cli
 ENV ?=
 ARGS ?=
+HOST ?=
+DEPLOYER ?= deploy
+KEY ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup up preview report drift down plan doctor pulumi test test-engine mutate lint lint-workflows format \
+.PHONY: help setup bootstrap up preview report drift down verify prove firewall plan doctor pulumi test test-engine \
+	mutate lint lint-workflows format \
 	bench diagram engine-start engine-stop clean
 
 help: ## This list
@@ -19,6 +23,10 @@ help: ## This list
 
 setup: ## Install what is missing: Python environment, Pulumi, Docker engine, base image
 	@$(SETUP) up
+
+bootstrap: ## Prepare a bare Debian server to deploy to: make bootstrap HOST=ssh://root@server (DEPLOYER=, KEY=)
+	@$(SETUP) plan
+	@$(CLI) bootstrap "$(HOST)" --deployer "$(DEPLOYER)" $(if $(KEY),--key "$(KEY)")
 
 up: setup ## Deploy host and environments, as far as they differ: make up ENV=dev
 	@$(CLI) up $(ENV)
@@ -38,6 +46,18 @@ drift: ## Compare the state with the engine; fails on any difference
 down: ## Destroy; asks for a protected environment's name (or BULKHEAD_CONFIRM=prod), keeps its volumes
 	@$(SETUP) preview
 	@$(CLI) down $(ENV)
+
+verify: ## Compare what was declared with what the host really has; fails on any difference
+	@$(SETUP) plan
+	@$(CLI) verify
+
+prove: ## Try every way between environments and to the host; fails if one is open: make prove ENV=dev
+	@$(SETUP) plan
+	@$(CLI) prove $(ENV) $(ARGS)
+
+firewall: ## What the firewall has dropped, rule by rule
+	@$(SETUP) plan
+	@$(CLI) firewall
 
 plan: ## The ledger as a table: capacity, promised, free
 	@$(SETUP) plan

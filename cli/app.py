@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import deploy, diagram, doctor, order, plan, report
+from cli import agent, bootstrap, deploy, diagram, doctor, order, plan, report
 from cli.pulumi import Pulumi, PulumiError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def up(environments: Environments = None) -> None:
     """Deploy what differs: host first, then protected environments, then the others."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(deploy.up(Pulumi.of(ROOT), stacks, pack, console))
+    raise typer.Exit(deploy.up(Pulumi.of(ROOT), stacks, pack, agent.Agent.of(ROOT), console))
 
 
 @app.command()
@@ -66,7 +66,42 @@ def down(environments: Environments = None) -> None:
     pulumi = Pulumi.of(ROOT)
     stacks = order.read(ROOT, environments or (), [name for name, resources in pulumi.stacks().items() if resources])
     ask = typer.prompt if sys.stdin.isatty() else None
-    raise typer.Exit(deploy.down(pulumi, stacks, os.environ, ask, console))
+    raise typer.Exit(deploy.down(pulumi, stacks, os.environ, ask, agent.Agent.of(ROOT), console))
+
+
+@app.command()
+def verify() -> None:
+    """Compare what was declared with the engine, the cgroups and the firewall. Fails on any difference."""
+    raise typer.Exit(agent.verify(agent.Agent.of(ROOT), console))
+
+
+@app.command()
+def prove(
+    environments: Environments = None,
+    ceilings: Annotated[bool, typer.Option(help="Also run into the limits of processes and memory.")] = True,
+    outward: Annotated[list[str] | None, typer.Option(metavar="ADDRESS", help="An address of the host's own.")] = None,
+    forbidden: Annotated[
+        list[str] | None, typer.Option(metavar="ADDRESS:PORT", help="What best-effort environments must not reach.")
+    ] = None,
+    allowed: Annotated[list[str] | None, typer.Option(metavar="ADDRESS:PORT", help="What must be reached.")] = None,
+) -> None:
+    """Try every way from each environment to the others and to the host. Fails if one is open, or what must work does
+    not. No address beyond the host is tried unless it is named."""
+    named = (
+        ("environment", environments),
+        ("outward", outward),
+        ("forbidden", forbidden),
+        ("allowed", allowed),
+    )
+    options = [word for name, values in named for value in values or () for word in (f"--{name}", value)]
+    options += ["--ceilings"] if ceilings else []
+    raise typer.Exit(agent.prove(agent.Agent.of(ROOT), console, options))
+
+
+@app.command(name="firewall")
+def show_firewall() -> None:
+    """The firewall's rules with what each has dropped."""
+    raise typer.Exit(agent.show_firewall(agent.Agent.of(ROOT), console))
 
 
 @app.command(name="plan")
@@ -86,6 +121,17 @@ def show_doctor(
     else:
         console.print(doctor.table(lines))
     raise typer.Exit(doctor.exit_code(lines))
+
+
+@app.command(name="bootstrap")
+def prepare_server(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The server: ssh://root@server[:port].")] = "",
+    deployer: Annotated[str, typer.Option(help="The user who will deploy.")] = bootstrap.DEPLOYER,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="The deployer's public key; else yours.")] = None,
+) -> None:
+    """Make a bare Debian server one to deploy to: packages, a user who is not root, one door to root."""
+    bootstrap.checked(host, deployer)
+    raise typer.Exit(bootstrap.bootstrap(host, deployer, bootstrap.public_key(key, Path.home()), console))
 
 
 @app.command(name="diagram")

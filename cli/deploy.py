@@ -2,12 +2,15 @@
 Each is one readable function; Pulumi does the work."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cli import agent as agents
 from cli import policyconfig, previews
+from cli.agent import Agent
 from cli.order import HOST, Stacks
 from cli.previews import Outcome, Preview
 from cli.pulumi import Pulumi, PulumiError
@@ -32,9 +35,26 @@ def policy_pack(root: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
     return ("--policy-pack", str(pack), "--policy-pack-config", str(config))
 
 
-def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Console) -> int:
+def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], agent: Agent, console: Console) -> int:
+    """Deploy what differs, tell the host's agent what is to be there, and prove that every boundary holds.
+
+    Fails when the proof does: what is deployed stays, and somebody has to look.
+    """
+    with agent.deploying(stacks.names):
+        changed: list[str] = []
+        code = deploy(pulumi, stacks, pack, changed, console)
+        declared = agent.declared()
+        for name in stacks.environments:
+            # Also of a deploy that failed: the stacks before it are as they say.
+            if name in changed or (code == 0 and name not in declared):
+                agent.declare(name, pulumi.outputs(name))
+    return code or agents.prove(agent, console)
+
+
+def deploy(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], changed: list[str], console: Console) -> int:
     """Deploy what differs: host first, protected environments next. Stops at the first stack that fails.
 
+    `changed` gets the environments that were deployed.
     Stacks without changes are found by previews, some at a time, since a deploy of each would take longer. A violation
     in a deployed stack stops everything before anything is applied; so does host's change when host is not among the
     stacks that were named, since it touches every environment.
@@ -73,7 +93,10 @@ def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Console) ->
         at = " and ".join(preview.stack for preview in failed)
         return _stopped(f"{at}: no environment was changed. {RETRY_UP}", console)
     for name in stacks.environments:
-        if not _apply(name, found, known, pulumi, pack, console):
+        unchanged = name in found and found[name].outcome is Outcome.UNCHANGED
+        if _apply(name, found, known, pulumi, pack, console):
+            changed += [] if unchanged else [name]
+        else:
             rest = stacks.environments[stacks.environments.index(name) + 1 :]
             untouched = f"not touched: {', '.join(rest)}. " if rest else ""
             return _stopped(f"{name}: {untouched}{RETRY_UP}", console)
@@ -183,6 +206,7 @@ def down(
     stacks: Stacks,
     variables: Mapping[str, str],
     ask: Callable[[str], str] | None,
+    agent: Agent,
     console: Console,
 ) -> int:
     """Destroy in reverse order, host last; protected resources (volumes) stay, and are named.
@@ -203,8 +227,12 @@ def down(
         _nothing_else_runs(pulumi, resources, going)
     for name in going:
         console.rule(f"{name}: destroy", align="left")
-        if pulumi.run("destroy", "--yes", "--exclude-protected", "--stack", name):
-            return _stopped(f"{name}: see the error above; correct it, then make down again", console)
+        # Host's own agent goes with it, and its marks too.
+        with agent.deploying([name]) if name != HOST else nullcontext():
+            if pulumi.run("destroy", "--yes", "--exclude-protected", "--stack", name):
+                return _stopped(f"{name}: see the error above; correct it, then make down again", console)
+            if name != HOST:
+                agent.forget(name)
     for name in going:
         console.print(remains(name, pulumi.resources(name)), markup=False, highlight=False)
     if not going:

@@ -20,7 +20,7 @@ from settings import host
 from settings.compose_cli import find_compose
 from settings.errors import SettingsError
 from settings.host import HostFacts
-from settings.ledger import LedgerSettings, shown
+from settings.ledger import DEFAULT_IO, LedgerSettings, Tier, shown
 
 OLDEST_PULUMI = (3, 200)
 LOW_DISK = 0.10  # of the data root's file system: below it, an image build fills the disk of both environments
@@ -70,6 +70,9 @@ KNOWN_BAD = (
 )
 
 # Controllers by what they carry; v1 calls the last one blkio.
+# What their own packages give them (Debian's docker.io, containerd and openssh-server).
+PROTECTED_SCORES = {"dockerd": -500, "containerd": -500, "sshd": -1000}
+
 REQUIRED_CONTROLLERS = {"cpu": "CPU weights", "memory": "memory ceilings", "pids": "process ceilings"}
 
 
@@ -101,8 +104,8 @@ def engine_version(version: str, firewalld: bool | None) -> Iterator[Line]:
             )
 
 
-def cgroups(facts: HostFacts, controllers: frozenset[str] | None) -> Iterator[Line]:
-    """cgroup version, driver and controllers. `controllers` None: the engine's machine cannot be read from here."""
+def cgroups(facts: HostFacts) -> Iterator[Line]:
+    """cgroup version, driver and controllers."""
     protection = {1: "v1: no memory protection there, so prod is protected by dev's ceilings alone", 2: "v2"}
     found = protection.get(facts.cgroup_version, f"v{facts.cgroup_version}")
     yield Line("cgroup version", Status.OK if facts.cgroup_version in protection else Status.WARN, found)
@@ -113,12 +116,12 @@ def cgroups(facts: HostFacts, controllers: frozenset[str] | None) -> Iterator[Li
         facts.cgroup_driver,
         "" if known else "Run the engine with the cgroupfs or the systemd driver (a rootless one may have none).",
     )
-    if controllers is None:
-        yield Line("cgroup controllers", Status.WARN, "not read: the engine is on another machine")
+    if facts.controllers is None:
+        yield Line("cgroup controllers", Status.WARN, "not read: no python3 there", "Install python3 on that machine.")
         return
     io = "blkio" if facts.cgroup_version == 1 else "io"
-    for name, purpose in {**REQUIRED_CONTROLLERS, io: "IO weights"}.items():
-        there = name in controllers
+    for name, purpose in {**REQUIRED_CONTROLLERS, io: "IO weights and ceilings"}.items():
+        there = name in facts.controllers
         absent = Status.MISSING if name in REQUIRED_CONTROLLERS else Status.WARN
         yield Line(
             f"cgroup {name}",
@@ -128,57 +131,103 @@ def cgroups(facts: HostFacts, controllers: frozenset[str] | None) -> Iterator[Li
         )
 
 
-def controllers(tree: Path = Path("/sys/fs/cgroup")) -> frozenset[str]:
-    """Controllers of the mounted hierarchy: v2 lists them in a file, v1 has a folder for each."""
-    listed = tree / "cgroup.controllers"
-    if listed.exists():
-        return frozenset(listed.read_text().split())
-    return frozenset(name for folder in tree.glob("*/cgroup.procs") for name in folder.parent.name.split(","))
+def io_isolation(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Line]:
+    """Whether a best-effort environment's reads and writes leave any to the others, and by what means."""
+    device = facts.device
+    if not facts.io or device is None:
+        where = "the engine's data is on no block device" if device is None else "the kernel has no IO controller"
+        unseen = facts.controllers is None
+        yield Line(
+            "IO isolation",
+            Status.WARN,
+            "not read: there is no python3 on the engine's machine" if unseen else f"none: {where}",
+            "Install python3 there." if unseen else "Put Docker's data-root on a disk of its own with ext4 or xfs.",
+        )
+        return
+    disk = f"{device.name} ({', '.join(device.schedulers)})"
+    if device.weights:
+        yield Line("IO isolation", Status.OK, f"{disk}: by weights ({device.weights}); best-effort has the lowest")
+        return
+    better = (
+        f"For weights instead, which use what is idle: echo bfq > /sys/block/{device.name}/queue/scheduler (keep it "
+        "with a udev rule), or turn iocost on (cgroup v2); then make up ENV=host."
+    )
+    speed = facts.measured
+    if speed is None or speed.get("device") != device.number:
+        yield Line("IO isolation", Status.WARN, f"{disk}: none yet; the next make up measures the disk", better)
+        return
+    shares = {
+        name: float(one.limits.io.value) / 100 if one.limits and one.limits.io else DEFAULT_IO
+        for name, one in (ledger.environments.items() if ledger else ())
+        if one.tier is Tier.BEST_EFFORT
+    }
+    given = ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "no best-effort environment"
+    found = (
+        f"{disk}: by ceilings of {speed['read_bps'] / 1e6:.0f} MB/s read and {speed['write_bps'] / 1e6:.0f} MB/s "
+        f"written, measured {str(speed['at'])[:10]}: {given}"
+    )
+    full = sum(shares.values()) >= 1
+    if full:
+        found += ", which leaves the others nothing"
+        better = f"Lower limits.io in Pulumi.host.yaml. {better}"
+    if facts.cgroup_version == 1:
+        found += ". On cgroup v1 only direct IO and reads are held, not writes through the page cache"
+        better += " Or boot with cgroup v2: kernel parameter systemd.unified_cgroup_hierarchy=1."
+    yield Line("IO isolation", Status.WARN if full or facts.cgroup_version == 1 else Status.OK, found, better)
 
 
-def io_weights(disk: str, scheduler: str | None, iocost: bool) -> Line:
-    """Whether IO weights do anything on the data root's disk. `scheduler` None: none found."""
-    remedy = f"echo bfq > /sys/block/{disk}/queue/scheduler (keep it with a udev rule), or turn iocost on (cgroup v2)."
-    if iocost:
-        return Line("IO scheduler", Status.OK, f"{scheduler or 'unknown'}, with iocost")
-    if scheduler == "bfq":
-        return Line("IO scheduler", Status.OK, scheduler)
-    if scheduler is None:
-        return Line("IO scheduler", Status.WARN, "not found, so IO weights may have no effect", remedy)
-    return Line("IO scheduler", Status.WARN, f"{scheduler}: IO weights have no effect", remedy)
+def cpu_class(facts: HostFacts) -> Line:
+    """Whether best-effort is of the idle class, or only has the lowest weight."""
+    if facts.cpu_idle:
+        return Line("CPU idle class", Status.OK, "best-effort runs when nobody else wants the CPU")
+    return Line(
+        "CPU idle class",
+        Status.WARN,
+        "not there: best-effort has the lowest weight instead, and wakes up beside others",
+        "It takes Linux 5.15, and systemd 252 with the systemd driver.",
+    )
 
 
-def disks(folder: Path, sys: Path = Path("/sys")) -> list[Path]:
-    """The whole disks under a folder's file system, as /sys folders; none for one without a device (overlay, zfs)."""
-    number = folder.stat().st_dev
-    device = sys / "dev" / "block" / f"{os.major(number)}:{os.minor(number)}"
-    return list(_whole(device.resolve())) if device.exists() else []
+def memory_protection(facts: HostFacts) -> Iterator[Line]:
+    """On cgroup v2: whether what is kept for an environment reaches its containers. (v1 has none, see `cgroups`.)"""
+    if facts.cgroup_version == 2 and facts.controllers is not None and not facts.recursive_memory:
+        yield Line(
+            "memory protection",
+            Status.WARN,
+            "a reservation does not reach the containers in it",
+            "mount -o remount,memory_recursiveprot /sys/fs/cgroup (keep it in /etc/fstab), as systemd mounts it.",
+        )
 
 
-def _whole(device: Path) -> Iterator[Path]:
-    slaves = list((device / "slaves").glob("*"))
-    for slave in slaves:  # LVM, dm-crypt and RAID stand on other devices
-        yield from _whole(slave.resolve())
-    if not slaves:
-        yield device.parent if (device / "partition").exists() else device
+def oom_scores(scores: Mapping[str, int]) -> Iterator[Line]:
+    """Whether the engine and sshd outlive a machine that is out of memory. dev's processes have 1000, prod's 0."""
+    for program, score in sorted(scores.items()):
+        if score <= PROTECTED_SCORES[program]:
+            yield Line(f"OOM score of {program}", Status.OK, str(score))
+            continue
+        yield Line(
+            f"OOM score of {program}",
+            Status.WARN,
+            f"{score}: it may be killed before a large prod is",
+            f"Write OOMScoreAdjust={PROTECTED_SCORES[program]} into its unit (systemctl edit {program}), or now: "
+            f"choom -n {PROTECTED_SCORES[program]} -p $(pidof {program})",
+        )
 
 
-def scheduler(disk: Path) -> str | None:
-    """The active scheduler of a disk: the one in brackets."""
-    try:
-        active = re.search(r"\[(.+?)\]", (disk / "queue" / "scheduler").read_text())
-    except OSError:
-        return None
-    return active[1] if active else None
-
-
-def iocost(disk: Path, tree: Path = Path("/sys/fs/cgroup")) -> bool:
-    """Whether cgroup v2's iocost model is on for the disk (io.cost.qos has a line `8:0 enable=1 …`)."""
-    try:
-        number = (disk / "dev").read_text().strip()
-        return any(line.startswith(f"{number} enable=1") for line in (tree / "io.cost.qos").read_text().splitlines())
-    except OSError:
-        return False
+def disk_ceilings(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Line]:
+    """How a best-effort environment is kept from filling the disk."""
+    for name, one in ledger.environments.items() if ledger else ():
+        if one.tier is not Tier.BEST_EFFORT:
+            continue
+        if one.limits and one.limits.disk:
+            yield Line(f"disk of {name}", Status.OK, "watched: it is paused while it is over limits.disk")
+        else:
+            yield Line(
+                f"disk of {name}",
+                Status.WARN,
+                "no ceiling: it can fill the disk of every environment",
+                f"Write limits.disk for {name} in Pulumi.host.yaml, as in {{disk: 20%}}.",
+            )
 
 
 def swap(meminfo: str) -> Line:
@@ -320,12 +369,10 @@ def examine(root: Path) -> list[Line]:
     lines.append(Line("Docker engine", Status.OK, f"{facts.address} ({facts.system}, kernel {facts.kernel})"))
     lines += engine_version(facts.server_version, _runs("firewalld") if facts.local else None)
     lines.append(live_restore(facts))
-    lines += cgroups(facts, controllers() if facts.local else None)
+    lines += [*cgroups(facts), cpu_class(facts), *memory_protection(facts), *io_isolation(facts, ledger)]
     if facts.local:
-        under = disks(Path(facts.data_root)) if os.access(facts.data_root, os.X_OK) else []
-        active = [(disk.name, scheduler(disk), iocost(disk)) for disk in under]
-        lines += [io_weights(*disk) for disk in active or [("<disk>", None, False)]]
         lines.append(swap(Path("/proc/meminfo").read_text()))
+    lines += [*oom_scores(facts.scores), *disk_ceilings(facts, ledger)]
     lines.append(free_disk(facts))
     return [*lines, *(capacity(ledger, facts) if ledger else [])]
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import Any
 
 import pulumi
 
@@ -19,7 +20,7 @@ from components.image import Image, ImageArgs
 from components.labels import declared
 from components.network import Network, NetworkArgs
 from components.secret import Secret, SecretArgs
-from components.service import Attachment, Service, ServiceArgs
+from components.service import MIB, Attachment, Service, ServiceArgs, shares
 from components.volume import Volume, VolumeArgs
 from settings import compose
 from settings.errors import SettingsError
@@ -58,7 +59,7 @@ class Environment(pulumi.ComponentResource):
     """Everything of one environment.
 
     Outputs: `endpoints` (list of service, address, port, target, protocol), `networks` (name to subnet and
-    whether internal), `volumes` (names), `services` (name to container ids, image and health).
+    whether internal), `volumes` (names), `services` (name to container ids, image, health, and what `checked` tells).
     """
 
     endpoints: list[dict[str, str | int | None]]
@@ -92,6 +93,7 @@ class Environment(pulumi.ComponentResource):
                         "id": images[key].image_id,
                         "digest": images[key].digest,
                     },
+                    **checked(key, project),
                 )
                 for key, service in built.items()
             }
@@ -397,6 +399,26 @@ def awaited(key: str, project: compose.Project) -> bool:
         for other, dependency in service.depends_on.items()
         if other == key
     )
+
+
+def checked(key: str, project: compose.Project) -> dict[str, Any]:
+    """What is compared of a service's containers on the host, as the engine shows it: networks, limits, how it ends.
+
+    `memory` in bytes; None is no limit. `completes`: it is as it should be once it has ended well.
+    """
+    service = project.services[key]
+    limit, reserved = service.deploy.resources.limits, service.deploy.resources.reservations
+    own = [service.network_mode] if service.network_mode in ("none", "host", "bridge") else []
+    return {
+        "networks": sorted(
+            [*own, *(engine_name(project.environment, name, project.networks[name]) for name in service.networks)]
+        ),
+        "memory": None if limit.memory is None else limit.memory // MIB * MIB,
+        "cpus": limit.cpus,
+        "cpu_shares": None if reserved.cpus is None else shares(reserved.cpus),
+        "restart": service.restart or "no",
+        "completes": awaited(key, project),
+    }
 
 
 def secret_file(grant: compose.FileGrant, value: pulumi.Output[str]) -> File:

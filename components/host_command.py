@@ -5,18 +5,13 @@ It does not copy files and keeps no state on the host: a script must be safe to 
 """
 
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import pulumi
 from pulumi_command import local, remote
 
-# OpenSSH's own preference among the key files that it looks for.
-KEY_FILES = ("id_ed25519", "id_ecdsa", "id_rsa")
+from settings import ssh
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class HostCommandArgs:
     """
 
     host: str | None
-    create: str
+    create: pulumi.Input[str]
     delete: str
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,13 +38,14 @@ class HostCommand(pulumi.ComponentResource):
         super().__init__("bulkhead:index:HostCommand", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
         command: local.Command | remote.Command
-        if is_remote(args.host):
+        if ssh.is_remote(args.host):
+            create = pulumi.Output.from_input(args.create).apply(lambda script: ssh.as_root(script, args.environment))
             command = remote.Command(
                 f"{name}-remote",
                 connection=connection(args.host or ""),
-                create=as_root(args.create, args.environment),
-                update=as_root(args.create, args.environment),
-                delete=as_root(args.delete, args.environment),
+                create=create,
+                update=create,
+                delete=ssh.as_root(args.delete, args.environment),
                 opts=child,
             )
         else:
@@ -66,39 +62,28 @@ class HostCommand(pulumi.ComponentResource):
         self.register_outputs({"stdout": self.stdout})
 
 
-def is_remote(host: str | None) -> bool:
-    """Whether an engine's address names another machine."""
-    return host is not None and host.startswith("ssh://")
-
-
 def interpreter(uid: int) -> list[str]:
     """The local shell, through sudo (never asking for a password) when the deployer is not root."""
     shell = ["/bin/sh", "-euc"]
     return shell if uid == 0 else ["sudo", "-n", "--preserve-env", *shell]
 
 
-def as_root(script: str, environment: Mapping[str, str]) -> str:
-    """A script as one remote command line that runs as root and stops at the first error."""
-    variables = "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
-    quoted = shlex.quote(variables + script)
-    return f'if [ "$(id -u)" = 0 ]; then sh -euc {quoted}; else sudo -n sh -euc {quoted}; fi'
-
-
 def connection(host: str) -> remote.ConnectionArgs:
-    """How `command.remote` reaches an `ssh://` host: the agent where one runs, else the user's key file.
+    """How `command.remote` reaches an `ssh://` host: as `ssh` itself would, by the user's configuration.
 
-    Raises `pulumi.RunError` when there is neither: a password is never asked for.
+    The host's key is pinned to the known one. Where an agent runs it is used (the plugin finds it by itself: its
+    address changes with each login, and must not be a change here), else the first key file.
+    Raises `pulumi.RunError` when there is neither, `SettingsError` when the host is not known.
     """
-    url = urlsplit(host)
-    reach = partial(
-        remote.ConnectionArgs, host=url.hostname or "", port=float(url.port or 22), user=url.username or "root"
-    )
-    if os.environ.get("SSH_AUTH_SOCK"):
-        return reach(agent_socket_path=os.environ["SSH_AUTH_SOCK"])
-    for key_file in (Path.home() / ".ssh" / name for name in KEY_FILES):
-        if key_file.is_file():
-            return reach(private_key=pulumi.Output.secret(key_file.read_text()))
-    raise pulumi.RunError(
-        f"{host}: no SSH agent (SSH_AUTH_SOCK) and no key file {', '.join(KEY_FILES)} in ~/.ssh. "
-        "Start an agent with the deployer's key: eval $(ssh-agent) && ssh-add"
+    target = ssh.target(host)
+    private_key = None
+    if not ssh.agent_runs():
+        if not target.keys:
+            raise pulumi.RunError(
+                f"{host}: no SSH agent (SSH_AUTH_SOCK) and no key file of those that ssh looks for. "
+                "Start an agent with the deployer's key: eval $(ssh-agent) && ssh-add"
+            )
+        private_key = pulumi.Output.secret(target.keys[0].read_text())
+    return remote.ConnectionArgs(
+        host=target.host, port=float(target.port), user=target.user, host_key=target.host_key, private_key=private_key
     )

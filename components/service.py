@@ -385,12 +385,17 @@ def limits(args: ServiceArgs) -> dict[str, Any]:
     if limit.cpus is not None:
         found["cpus"] = f"{limit.cpus:g}"
     if reserved.cpus is not None:
-        found["cpu_shares"] = max(2, round(1024 * reserved.cpus))
+        found["cpu_shares"] = shares(reserved.cpus)
     if (memory := reserved.memory) is not None:
         found["memory_reservation"] = pulumi.Output.from_input(args.cgroup_version).apply(
             lambda version: memory // MIB if version == 2 else 0
         )
     return found
+
+
+def shares(cpus: float) -> int:
+    """A CPU reservation as a weight among the containers of its environment; 2 is the kernel's smallest."""
+    return max(2, round(1024 * cpus))
 
 
 def health(check: Healthcheck | None, one_shot: bool) -> dict[str, Any]:

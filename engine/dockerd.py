@@ -21,6 +21,7 @@ from pathlib import Path
 CONNECT_SECONDS = 2.0
 START_SECONDS = 120.0  # an engine with hundreds of containers restores them before it answers
 STOP_SECONDS = 40.0  # dockerd gives containers 15 s to stop before it kills them
+FIREWALL = Path("/etc/bulkhead/firewall.nft")  # written by components.firewall
 LOG_LINES = 15  # of the engine's log, shown when it does not start
 
 Say = Callable[[str], None]
@@ -240,6 +241,7 @@ def start(places: Places, say: Say) -> None:
         for file in leftovers(places):
             say(f"Removing {file}: left behind by an engine that was killed")
             file.unlink(missing_ok=True)
+        shut(say)
         child = _spawn(places)
         places.own_pid.write_text(f"{child.pid}\n")
         try:
@@ -256,6 +258,16 @@ def _alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def shut(say: Say, file: Path = FIREWALL) -> None:
+    """Loads the firewall that the last deploy wrote, before the first container starts, as systemd does elsewhere."""
+    if not file.is_file():
+        return
+    loaded = subprocess.run(["nft", "--file", str(file)], capture_output=True, text=True, check=False)
+    if loaded.returncode:
+        # Prod goes on without it rather than not at all; the agent reports it every minute.
+        say(f"THE FIREWALL IS NOT LOADED ({loaded.stderr.strip()}). Next step: make up ENV=host, then make verify")
 
 
 def _spawn(places: Places) -> subprocess.Popen[bytes]:

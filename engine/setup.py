@@ -352,6 +352,15 @@ def base_image_install(machine: Machine) -> None:
     base_image.ensure(machine.cache, say)
 
 
+# --- Firewall ------------------------------------------------------------------------------------------------
+
+
+def nftables_missing(machine: Machine) -> str | None:
+    """Needed on the Docker host itself; another machine is prepared by `make bootstrap`."""
+    there = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return None if there or not machine.docker_host.startswith("unix://") else "no `nft`"
+
+
 # --- The table -----------------------------------------------------------------------------------------------
 
 
@@ -379,13 +388,14 @@ STEPS = {
     "pulumi": Step("Pulumi, its plugins and Compose", pulumi_missing, pulumi_install),
     "docker": Step("Docker engine", docker_missing, docker_install),
     "base-image": Step("Base image", base_image_missing, base_image_install),
+    "nftables": Step("nftables, for the firewall", nftables_missing, lambda _: apt_install("nftables")),
     "graphviz": Step("Graphviz, which draws the diagram", graphviz_missing, lambda _: apt_install("graphviz")),
 }
 
 COMMANDS: Mapping[str, Sequence[str]] = {
-    "up": ("packages", "project", "pulumi", "docker", "base-image"),
+    "up": ("packages", "project", "pulumi", "nftables", "docker", "base-image"),
     "preview": ("packages", "project", "pulumi"),  # works with the engine out of reach, as in a pull request
-    "test": ("packages", "tools", "project", "pulumi", "docker", "base-image", "graphviz"),
+    "test": ("packages", "tools", "project", "pulumi", "nftables", "docker", "base-image", "graphviz"),
     "diagram": ("packages", "project", "pulumi", "graphviz"),
     "lint": ("packages", "tools", "project"),
     "plan": ("packages", "project"),

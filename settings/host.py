@@ -74,6 +74,12 @@ class HostFacts(Frozen):
     controllers: frozenset[str] | None = None
     recursive_memory: bool = False
     device: Disk | None = None
+    swap_limit: bool = True
+    """The kernel counts swap, so that memory and swap together can have a ceiling."""
+    scores: Mapping[str, int] = {}
+    """OOM scores of the programs that have to outlive everything else."""
+    measured: Mapping[str, Any] | None = None
+    """What host/device.py measured of the disk, and when; None before the first deploy."""
 
     @property
     def io(self) -> Literal["iocost", "bfq", "throttle", ""]:
@@ -139,6 +145,9 @@ def facts(docker_host: str | None = None) -> HostFacts:
             controllers=read.get("controllers"),
             recursive_memory=read.get("recursive_memory", False),
             device=read.get("disk"),
+            swap_limit=bool(info.get("SwapLimit")),
+            scores=read.get("scores", {}),
+            measured=read.get("measured"),
         )
     except (KeyError, TypeError, ValueError):
         raise _error(url, "what answers there is not a Docker engine", "Stop it, or name another.") from None

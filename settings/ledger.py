@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from enum import StrEnum
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -32,6 +32,12 @@ half for it, half for everyone else."""
 
 UNIQUE_LOCAL = IPv6Network("fc00::/7")
 """RFC 4193."""
+
+NO_EGRESS: Final = "none"
+INTERNET: Final = "internet"
+"""Words of `egress`: nothing, and every address that is neither private nor link-local."""
+
+Egress = tuple[str | IPv4Network | IPv6Network, ...]
 
 NAME = re.compile(r"[a-z](?:-?[a-z0-9]){0,30}", re.ASCII)
 
@@ -94,11 +100,16 @@ class CapacitySettings(Frozen):
 
 
 class EnvironmentShares(Frozen):
-    """One environment as written in the ledger. `subnet6`: only where its networks have IPv6."""
+    """One environment as written in the ledger. `subnet6`: only where its networks have IPv6.
+
+    `egress`: `none`, `internet`, or a list of networks and `internet`. Without it a best-effort environment has the
+    internet, and a protected one everything but other environments.
+    """
 
     tier: Tier
     subnet: IPv4Network
     subnet6: IPv6Network | None = None
+    egress: Egress | None = None
     reservations: Shares | None = None
     limits: Limits | None = None
 
@@ -142,6 +153,22 @@ class EnvironmentShares(Frozen):
                 f"choose a network within {UNIQUE_LOCAL}, with a prefix between /40 and /64, as in fd81::/48"
             )
         return subnet
+
+    @field_validator("egress", mode="before")
+    @classmethod
+    def _known_egress(cls, written: object) -> Egress | None:
+        if written is None or written in (NO_EGRESS, INTERNET):
+            return None if written is None else (str(written),)
+        found: list[str | IPv4Network | IPv6Network] = []
+        for one in written if isinstance(written, list) and written else [written]:
+            try:
+                found.append(INTERNET if one == INTERNET else ip_network(one if isinstance(one, str) else ""))
+            except ValueError:
+                raise ValueError(
+                    f"egress {one!r}; write none, internet, or a list of networks and internet, "
+                    "as in [internet, 192.168.5.0/24]"
+                ) from None
+        return tuple(found)
 
     @model_validator(mode="after")
     def _tier_has_its_budget(self) -> "EnvironmentShares":
@@ -191,12 +218,13 @@ class Budget(Frozen):
 
 
 class Environment(Frozen):
-    """One environment with its budget in absolute amounts."""
+    """One environment with its budget in absolute amounts. `egress`: None where nothing but the others is closed."""
 
     name: str
     tier: Tier
     subnet: IPv4Network
     subnet6: IPv6Network | None = None
+    egress: Egress | None = None
     reservations: Budget | None = None
     limits: Budget | None = None
 
@@ -400,6 +428,7 @@ class LedgerSettings(Frozen):
                     tier=written.tier,
                     subnet=written.subnet,
                     subnet6=written.subnet6,
+                    egress=written.egress or (None if written.tier is Tier.PROTECTED else (INTERNET,)),
                     reservations=_budget(written.reservations, whole) if written.reservations else None,
                     limits=_budget(_with_ceilings(written.limits, written.tier), whole) if written.limits else None,
                 )

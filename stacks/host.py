@@ -7,13 +7,17 @@ from typing import Any
 import pulumi
 import pulumi_command as command
 
+from components.agent import Agent, AgentArgs, declaration
+from components.device import Device
+from components.firewall import TABLE, Firewall, FirewallArgs
 from components.promises import Promises
-from components.slice import Slice, SliceArgs
+from components.slice import OOM_SCORE_ADJ, Slice, SliceArgs
 from settings import host
 from settings.ledger import Budget, LedgerSettings
 from settings.project import root
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SYSTEMD = Path("/run/systemd/system")
 
 
 def build() -> None:
@@ -22,28 +26,22 @@ def build() -> None:
     facts = host.facts(settings.host)
     ledger = settings.resolve(facts.capacity())
     provider = command.Provider("command")
-    reserved = [one.reservations for one in ledger.environments.values() if one.reservations]
-    protected = Budget(
-        cpus=sum(budget.cpus or 0 for budget in reserved), memory=sum(budget.memory or 0 for budget in reserved)
+    device = Device("device", facts, opts=pulumi.ResourceOptions(providers=[provider]))
+    # Where systemd runs, its units bring everything back after a reboot.
+    boot = BOOT_ID.read_text().strip() if facts.local and not SYSTEMD.exists() else ""
+    firewall = Firewall(
+        "firewall",
+        FirewallArgs(environments=list(ledger.environments.values()), host=facts.address, boot=boot),
+        opts=pulumi.ResourceOptions(providers=[provider]),
     )
+    slices: dict[str, Slice] = {}
     told: dict[str, dict[str, Any]] = {}
     promised: dict[str, dict[str, Any]] = {}
     for environment in ledger.environments.values():
-        slice_ = Slice(
+        slice_ = slices[environment.name] = Slice(
             environment.name,
-            SliceArgs(
-                environment=environment.name,
-                tier=environment.tier,
-                reservations=environment.reservations,
-                limits=environment.limits,
-                driver=facts.cgroup_driver,
-                cgroup_version=facts.cgroup_version,
-                capacity_cpus=ledger.capacity.cpus,
-                system_cpus=ledger.system.cpus or 0.0,
-                protected=protected,
-                host=facts.address,  # the machine that was asked, also when DOCKER_HOST named it
-                boot=BOOT_ID.read_text().strip() if facts.local else "",
-            ),
+            SliceArgs(environment, ledger, facts),
+            speed=device.speed,
             opts=pulumi.ResourceOptions(providers=[provider]),
         )
         promised[environment.name] = {
@@ -58,7 +56,23 @@ def build() -> None:
             "subnet": str(environment.subnet),
             "cgroup_parent": slice_.cgroup_parent,
         }
-    now = {"capacity": ledger.capacity.model_dump(), "environments": promised}
+    now = {
+        "capacity": ledger.capacity.model_dump(),
+        "environments": promised,
+        "firewall": {"family": "inet", "table": TABLE, "environments": sorted(ledger.environments)},
+    }
+    shown = {name: pulumi.Output.all(one.cgroup_parent, one.files) for name, one in slices.items()}
+    Agent(
+        "agent",
+        AgentArgs(
+            sources=root() / "host",
+            declared=pulumi.Output.all(**shown).apply(
+                lambda known: declaration(ledger, facts, now["firewall"], known, OOM_SCORE_ADJ)
+            ),
+            facts=facts,
+        ),
+        opts=pulumi.ResourceOptions(providers=[provider], depends_on=[firewall, *slices.values()]),
+    )
     deployed = pulumi.StackReference("host", stack_name=host_stack()).outputs
     Promises("promises", deployed.apply(lambda before: not_lowered(before or {}, now)))
     pulumi.export("capacity", ledger.capacity.model_dump())
@@ -72,6 +86,7 @@ def build() -> None:
         },
     )
     pulumi.export("environments", told)
+    pulumi.export("firewall", {**now["firewall"], "environments": firewall.environments})
 
 
 def host_stack() -> str:
@@ -91,7 +106,7 @@ def not_lowered(deployed: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
         mine = ((now["environments"].get(name) or {}).get("budget") or {}).get("reservations") or {}
         if any((amount or 0) > (mine.get(resource) or 0) for resource, amount in reserved.items()):
             environments[name] = {key: before[key] for key in ("tier", "budget") if key in before}
-    return {"capacity": now["capacity"], "environments": environments}
+    return {**now, "environments": environments}
 
 
 def budget(share: Budget | None) -> dict[str, float | int | None] | None:

@@ -403,7 +403,7 @@ def test_preview_explains_a_bad_ledger(fault: str, deployment: Deployment) -> No
         ledger.write_text(kept)
 
 
-def test_a_build_that_fails_leaves_the_environment_as_it_was(
+def test_a_build_runs_in_its_slice_and_one_that_fails_leaves_the_environment_as_it_was(
     deployment: Deployment, engine: docker.DockerClient
 ) -> None:
     before = fingerprint(engine)
@@ -411,8 +411,8 @@ def test_a_build_that_fails_leaves_the_environment_as_it_was(
     kept = dockerfile.read_text()
     settings = (deployment.folder / f"Pulumi.{DEV}.yaml").read_text()
     try:
-        dockerfile.write_text("FROM debian:bookworm-slim\nRUN echo this build fails && exit 3\n")
-        refused(deployment.make("up", DEV), "api")
+        dockerfile.write_text("FROM debian:bookworm-slim\nRUN cat /proc/self/cgroup && exit 3\n")
+        refused(deployment.make("up", DEV), "api", f"bulkhead-{DEV}")
     finally:
         dockerfile.write_text(kept)
         (deployment.folder / f"Pulumi.{DEV}.yaml").write_text(settings)

@@ -1,0 +1,259 @@
+"""Firewall: Bulkhead's own nftables table, made from the ledger: what one environment's packets may be sent to.
+
+`ruleset` is the whole of it, as text for `nft -f`. It touches no other table, and the engine's own rules not at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+
+import pulumi
+
+from components.host_command import HostCommand, HostCommandArgs
+from settings.ledger import INTERNET, NO_EGRESS, Environment, Tier
+
+TABLE = "bulkhead"
+FILE = "/etc/bulkhead/firewall.nft"
+UNIT = "bulkhead-firewall.service"
+UNITS = "/etc/systemd/system"
+
+# Not the internet: RFC 1918, RFC 6598 (carrier NAT), RFC 2544, multicast and reserved; unique local and multicast.
+PRIVATE4 = ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3")
+PRIVATE6 = ("fc00::/7", "ff00::/8")
+# RFC 3927 and RFC 4291. Clouds serve a machine's own credentials there (169.254.169.254).
+LINK_LOCAL4, LINK_LOCAL6 = "169.254.0.0/16", "fe80::/10"
+# Without these IPv6 finds no neighbour. Routers and redirects are not among them: a container is no router.
+NEIGHBOURS = "{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld-listener-report, mld2-listener-report }"
+# Bridges that the engine names itself, and its default one, where builds run.
+BRIDGES, DEFAULT_BRIDGE = '"br-*"', '"docker0"'
+
+
+@dataclass(frozen=True)
+class FirewallArgs:
+    """The environments of the ledger. `host`: the engine's address.
+
+    `boot`: an id of the host's current boot, where no service manager loads the table again after a reboot:
+    the next `pulumi up` then does.
+    """
+
+    environments: Sequence[Environment]
+    host: str | None = None
+    boot: str = ""
+
+
+class Firewall(pulumi.ComponentResource):
+    """The table on the host. `environments` are those that it keeps apart, known once it is loaded."""
+
+    environments: pulumi.Output[list[str]]
+
+    def __init__(self, name: str, args: FirewallArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("bulkhead:index:Firewall", name, None, opts)
+        names = sorted(environment.name for environment in args.environments)
+        create, delete = scripts(ruleset(args.environments))
+        command = HostCommand(
+            f"{name}-table",
+            HostCommandArgs(
+                host=args.host,
+                create=create,
+                delete=delete,
+                environment={"BOOT_ID": args.boot} if args.boot else {},
+            ),
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        self.environments = command.stdout.apply(lambda _: names)
+        self.register_outputs({"environments": self.environments})
+
+
+def ruleset(environments: Sequence[Environment]) -> str:
+    """The table as `nft -f` reads it, replaced as one: there is no moment without it.
+
+    Packets are judged after connection tracking, so that answers pass, and before the engine rewrites the addresses
+    of published ports: what a container sends to a gateway address of the host is still addressed to the host.
+    `@RESOLVERS4@` and `@RESOLVERS6@` stand for the host's own name servers, which only the host knows.
+    """
+    everyone = sorted(environments, key=lambda one: one.name)
+    return "\n".join(
+        [
+            "# Written by Bulkhead from the ledger; replaced by the next deploy.",
+            f"add table inet {TABLE}",
+            f"delete table inet {TABLE}",
+            f"table inet {TABLE} {{",
+            *_set("environments4", "ipv4_addr", [str(one.subnet) for one in everyone]),
+            *_set("environments6", "ipv6_addr", [str(one.subnet6) for one in everyone if one.subnet6]),
+            *_set("private4", "ipv4_addr", PRIVATE4),
+            *_set("private6", "ipv6_addr", PRIVATE6),
+            "  set resolvers4 { type ipv4_addr; @RESOLVERS4@ }",
+            "  set resolvers6 { type ipv6_addr; @RESOLVERS6@ }",
+            "",
+            "  chain sent {",
+            "    type filter hook prerouting priority mangle; policy accept;",
+            "    ct direction reply accept",
+            f"    icmpv6 type {NEIGHBOURS} accept",
+            *_spoofed(),
+            *(line for one in everyone for line in _jump(one, f"from_{one.name}")),
+            f'    iifname {DEFAULT_BRIDGE} jump from_default_bridge comment "builds, and containers of no network"',
+            f"    ip daddr @environments4 {_drop('to an environment from outside')}",
+            f"    ip6 daddr @environments6 {_drop('to an environment from outside')}",
+            "  }",
+            "",
+            "  chain passed_on {",
+            '    comment "once more, with the addresses that the engine has put in for published ports"',
+            "    type filter hook forward priority filter - 1; policy accept;",
+            "    ct direction reply accept",
+            *(line for one in everyone for line in _jump(one, f"others_of_{one.name}")),
+            "  }",
+            "",
+            "  chain arrived {",
+            '    comment "what else would reach the host itself: multicast, link-local IPv6"',
+            "    type filter hook input priority filter - 1; policy accept;",
+            "    ct direction reply accept",
+            f"    icmpv6 type {NEIGHBOURS} accept",
+            *(
+                line
+                for one in everyone
+                if one.tier is not Tier.PROTECTED
+                for line in _sent_by(one, _drop(f"from {one.name} to the host"))
+            ),
+            f"    iifname {DEFAULT_BRIDGE} {_drop('from builds to the host')}",
+            f"    iifname {BRIDGES} ip6 saddr {LINK_LOCAL6} {_drop('link-local IPv6 to the host')}",
+            "  }",
+            *(line for one in everyone for line in (*_others(one), *_from(one))),
+            "",
+            "  chain from_default_bridge {",
+            *_resolvers("accept"),
+            f"    fib daddr type local {_drop('to the host')}",
+            f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
+            f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
+            "  }",
+            "}",
+            "",
+        ]
+    )
+
+
+def _set(name: str, kind: str, elements: Sequence[str]) -> list[str]:
+    inside = f"elements = {{ {', '.join(elements)} }}; " if elements else ""
+    return [f"  set {name} {{ type {kind}; flags interval; {inside}}}"]
+
+
+def _spoofed() -> list[str]:
+    """A sender that the host would not answer through the same bridge is not who it says it is."""
+    return [
+        f"    {family} saddr @environments{version} fib saddr . iif oif missing {_drop('forged sender')}"
+        for family, version in (("ip", 4), ("ip6", 6))
+    ]
+
+
+def _jump(one: Environment, chain: str) -> list[str]:
+    return _sent_by(one, f"jump {chain}")
+
+
+def _sent_by(one: Environment, verdict: str) -> list[str]:
+    lines = [f"    ip saddr {one.subnet} {verdict}"]
+    return lines + ([f"    ip6 saddr {one.subnet6} {verdict}"] if one.subnet6 else [])
+
+
+def _drop(what: str) -> str:
+    return f'counter drop comment "{what}"'
+
+
+def _resolvers(verdict: str) -> list[str]:
+    return [
+        f"    {family} daddr @resolvers{version} meta l4proto {{ tcp, udp }} th dport 53 {verdict}"
+        for family, version in (("ip", 4), ("ip6", 6))
+    ]
+
+
+def _others(one: Environment) -> list[str]:
+    """To other environments: never, whatever the tier."""
+    return [
+        "",
+        f"  chain others_of_{one.name} {{",
+        f"    ip daddr {one.subnet} accept",
+        *([f"    ip6 daddr {one.subnet6} accept"] if one.subnet6 else []),
+        f"    ip daddr @environments4 {_drop('to another environment')}",
+        f"    ip6 daddr @environments6 {_drop('to another environment')}",
+        "  }",
+    ]
+
+
+def _from(one: Environment) -> list[str]:
+    """All that an environment sends: first whom it may never reach, then what its egress says."""
+    never = [f"    jump others_of_{one.name}"]
+    if one.tier is not Tier.PROTECTED:
+        # Before the rest: a gateway address of its own networks is an address of the host.
+        never.insert(0, f"    fib daddr type local {_drop('to the host')}")
+    # Within a bridge these pass here too, where the kernel filters bridged packets; the host's own ear is `arrived`.
+    within = "    fib daddr type { broadcast, multicast } accept"
+    return ["", f"  chain from_{one.name} {{", *never, within, *_egress(one), "  }"]
+
+
+def _egress(one: Environment) -> list[str]:
+    if one.egress is None:
+        return ["    accept"]
+    local = [
+        f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
+        f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
+    ]
+    # Its own name servers are all that a container needs of a private network to find what it may reach.
+    names = _resolvers("accept") if one.egress != (NO_EGRESS,) else []
+    listed = [
+        f"    {'ip6' if isinstance(to, IPv6Network) else 'ip'} daddr {to} accept"
+        for to in one.egress
+        if isinstance(to, IPv4Network | IPv6Network)
+    ]
+    if INTERNET not in one.egress:
+        return [*names, *local, *listed, f"    {_drop('egress')}"]
+    return [
+        *names,
+        *local,
+        *listed,
+        f"    ip daddr @private4 {_drop('to private networks')}",
+        f"    ip6 daddr @private6 {_drop('to private networks')}",
+        "    accept",
+    ]
+
+
+def scripts(table: str) -> tuple[str, str]:
+    """The create and delete scripts. The table is checked before it is put in force, and loaded as one."""
+    create = (
+        "command -v nft >/dev/null || { echo 'nftables is not installed: apt-get install nftables' >&2; exit 1; }\n"
+        f"mkdir -p {FILE.rpartition('/')[0]}\n"
+        # systemd-resolved writes its loopback address into the first file, and the real ones into the second.
+        "resolvers() {\n"
+        "  cat /etc/resolv.conf /run/systemd/resolve/resolv.conf 2>/dev/null |\n"
+        '    awk -v six="$1" \'$1 == "nameserver" && (index($2, ":") > 0) == six && $2 !~ /^127\\.|^::1$|%/ '
+        "{ print $2 }' |\n"
+        "    sort -u | paste -sd, - | sed 's/..*/elements = { & };/'\n"
+        "}\n"
+        f"cat > {FILE}.new <<'TABLE'\n{table}TABLE\n"
+        'sed -i -e "s/@RESOLVERS4@/$(resolvers 0)/" -e "s/@RESOLVERS6@/$(resolvers 1)/" ' + f"{FILE}.new\n"
+        f"nft --check --file {FILE}.new\n"
+        f"mv {FILE}.new {FILE}\n"
+    )
+    create += (
+        "if [ -d /run/systemd/system ]; then\n"
+        f"cat > {UNITS}/{UNIT} <<'UNIT'\n{unit()}UNIT\n"
+        f"systemctl daemon-reload\nsystemctl enable --quiet {UNIT}\nsystemctl restart {UNIT}\n"
+        f"else\nnft --file {FILE}\nfi\n"
+    )
+    delete = (
+        f"if [ -e {UNITS}/{UNIT} ]; then\n  systemctl disable --quiet --now {UNIT}\n  rm -f {UNITS}/{UNIT}\n"
+        "  systemctl daemon-reload\nfi\n"
+        f"if nft list table inet {TABLE} >/dev/null 2>&1; then nft delete table inet {TABLE}; fi\nrm -f {FILE}\n"
+    )
+    return create, delete
+
+
+def unit() -> str:
+    """The systemd unit: in force before the engine starts its first container, and again when nftables is reloaded."""
+    return (
+        "[Unit]\nDescription=Bulkhead: firewall between environments\nDefaultDependencies=no\n"
+        # `nftables.service` flushes every table when it is restarted.
+        "After=local-fs.target nftables.service\nPartOf=nftables.service\n"
+        "Before=network-pre.target docker.service\nWants=network-pre.target\nConflicts=shutdown.target\n"
+        "Before=shutdown.target\n"
+        f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/sbin/nft --file {FILE}\n"
+        f"ExecReload=/usr/sbin/nft --file {FILE}\n"
+        "[Install]\nWantedBy=docker.service sysinit.target\n"
+    )

@@ -1,0 +1,647 @@
+"""Prove: tries every way from each environment to the others and to the host, from throwaway containers of its own.
+A line of the result is a path that was really tried: expected, observed. What must work is tried as well."""
+
+import argparse
+import concurrent.futures
+import hashlib
+import io
+import ipaddress
+import json
+import pkgutil
+import re
+import secrets
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from host import probe
+from host.machine import Places, Undecided, ask, read_json, write
+
+LABEL = "bulkhead.probe"
+ENVIRONMENT, SERVICE = "bulkhead.environment", "bulkhead.service"
+REPOSITORY = "bulkhead/probe"
+PYTHON = Path("/usr/bin/python3")
+ENGINE = "see that the engine answers: docker info"
+SECONDS = 300
+AT_A_TIME = 8
+PORTS_AT_MOST = 64  # of one address; what listens beyond it is named as not tried
+CLOSED = 9  # discard: nothing listens there, so a refusal shows that the packet arrived
+
+BLOCKED, WORKS = "blocked", "works"
+STOPPED = re.compile(
+    r"no answer|unreachable|denied|not there|not found|not seen|only its own|.*refused \(EAGAIN\)|.*killed"
+)
+PASSED = re.compile(r"connected|answered|resolved")
+
+# Open for writing, they are a way out of the container: a program of the container's that the host runs, the host's
+# switches, the limits of the group it is in.
+OUT_OF_CONTAINER = (
+    "/proc/sys/kernel/core_pattern",
+    "/proc/sysrq-trigger",
+    "/proc/sys/kernel/modprobe",
+    "/sys/kernel/uevent_helper",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    "/sys/fs/cgroup/memory/release_agent",
+    "/sys/fs/cgroup/pids/pids.max",
+    "/sys/fs/cgroup/cpu/cpu.shares",
+    "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/cgroup.procs",
+    "/sys/fs/cgroup/cpu.max",
+)
+SOCKETS = (
+    "/var/run/docker.sock",
+    "/run/docker.sock",
+    "/run/containerd/containerd.sock",
+    "/proc/1/root/run/docker.sock",
+)
+MOUNTS = ("cgroup", "cgroup2", "proc", "debugfs")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One path that was tried. `expected`: blocked or works. `observed`: as the kernel said it."""
+
+    environment: str
+    source: str
+    path: str
+    target: str
+    expected: str
+    observed: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it came as expected. What is neither a passage nor a stop is unexpected, whatever was hoped for."""
+        return bool((PASSED if self.expected == WORKS else STOPPED).match(self.observed))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A path to be tried from one network."""
+
+    path: str
+    target: str
+    kind: str
+    given: Mapping[str, Any]
+    expected: str = BLOCKED
+    own: tuple[str, ...] = ()  # a name that resolves to one of these ranges only is the environment's own
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of an environment, with the prober's two containers in it: one tries, one listens."""
+
+    environment: str
+    name: str
+    gateways: tuple[str, ...]
+    sender: str
+    listener: str
+    listens: tuple[str, ...] = ()  # the listener's addresses
+
+
+@dataclass(frozen=True)
+class Container:
+    """A running container of an environment: its addresses, names, and what listens in it."""
+
+    environment: str
+    name: str
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
+    tcp: tuple[int, ...]
+    udp: tuple[int, ...]
+    networks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Targets that only the user may name: `outward` addresses of the host, `forbidden` and `allowed` address:port."""
+
+    outward: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """`extra`: more words for `docker run` of the probes; tests open ways with it. `ceilings`: try those as well."""
+
+    named: Named = field(default_factory=Named)
+    ceilings: bool = False
+    environments: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prove`."""
+    parser.add_argument("--json", action="store_true", help="print every path as JSON")
+    parser.add_argument("--all", action="store_true", help="print every path, not only the unexpected ones")
+    parser.add_argument("--ceilings", action="store_true", help="also run into the limits of processes and memory")
+    parser.add_argument("--environment", action="append", default=[], help="from this one only (may be repeated)")
+    parser.add_argument(
+        "--outward", action="append", default=[], metavar="ADDRESS", help="an address of the host's own"
+    )
+    parser.add_argument("--forbidden", action="append", default=[], metavar="ADDRESS:PORT", help="must not be reached")
+    parser.add_argument("--allowed", action="append", default=[], metavar="ADDRESS:PORT", help="must be reached")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: every path as expected. 1: at least one was not."""
+    named = Named(tuple(args.outward), tuple(args.forbidden), tuple(args.allowed))
+    places = Places()
+    proofs = prove(places, Options(named, args.ceilings, tuple(args.environment)))
+    wrong = [one for one in proofs if not one.ok]
+    result = {
+        "paths": len(proofs),
+        "unexpected": len(wrong),
+        "proofs": [{**asdict(one), "ok": one.ok} for one in proofs],
+    }
+    write(places.state / "prove.json", json.dumps(result, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_table(proofs if args.all else wrong)
+        blocked = sum(one.expected == BLOCKED for one in proofs)
+        works = len(proofs) - blocked
+        print(f"{len(proofs)} paths tried: {blocked} must fail, {works} must work; {len(wrong)} unexpected")
+    return 1 if wrong else 0
+
+
+def print_table(proofs: Sequence[Proof]) -> None:
+    """Source, path, target, expected, observed; in columns as wide as they need."""
+    rows = [
+        ("from", "path", "target", "expected", "observed"),
+        *((one.source, one.path, one.target, one.expected, one.observed) for one in proofs),
+    ]
+    if not proofs:
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def prove(places: Places, options: Options) -> list[Proof]:
+    """Every path, tried. `Undecided` when there is nothing to try from, or the engine does not answer."""
+    declared = read_json(places.declared / "host.json")["environments"]
+    chosen = [name for name in declared if not options.environments or name in options.environments]
+    with probes(declared, options) as networks:
+        sources = [one for one in networks if one.environment in chosen]
+        if not sources:
+            raise Undecided("no network of an environment is there to try from. Next step: make up")
+        running = containers(declared)
+        host = Host.of(networks)
+        with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+            made = pool.map(lambda one: tried(one, networks, running, host, declared, options), sources)
+            proofs = [proof for found in made for proof in found]
+            proofs += arrivals(networks, chosen)
+        if options.ceilings:
+            for name in chosen:
+                proofs += ceilings(name, declared[name], next(one for one in sources if one.environment == name))
+    return proofs
+
+
+# --- What is there -------------------------------------------------------------------------------------------
+
+
+def docker(*words: str) -> str:
+    """Output of a `docker` command."""
+    return ask(["docker", *words], ENGINE)
+
+
+def inspected(kind: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the engine says of these, which may have gone in the meantime."""
+    if not names:
+        return []
+    done = subprocess.run(["docker", kind, "inspect", *names], capture_output=True, text=True, timeout=60, check=False)
+    return list(json.loads(done.stdout or "[]"))
+
+
+def listed(*words: str) -> list[str]:
+    """Ids that a `docker … --quiet` command prints."""
+    return docker(*words, "--quiet").split()
+
+
+def containers(declared: Mapping[str, Any]) -> list[Container]:
+    """Every running container of the environments, but the probes."""
+    found = []
+    for one in inspected("container", listed("ps", "--filter", f"label={ENVIRONMENT}")):
+        labels = one["Config"]["Labels"]
+        if labels.get(ENVIRONMENT) not in declared or LABEL in labels:
+            continue
+        attached = one["NetworkSettings"]["Networks"]
+        listening = sockets(Path(f"/proc/{one['State']['Pid']}/net"))
+        found.append(
+            Container(
+                environment=labels[ENVIRONMENT],
+                name=one["Name"].lstrip("/"),
+                names=tuple(
+                    sorted(
+                        {one["Name"].lstrip("/")}
+                        | {alias for net in attached.values() for alias in net["Aliases"] or ()}
+                    )
+                ),
+                addresses=tuple(addresses(attached.values())),
+                tcp=tuple(sorted({port for kind, _, port in listening if kind == "tcp"}))[:PORTS_AT_MOST],
+                udp=tuple(sorted({port for kind, _, port in listening if kind == "udp"}))[:PORTS_AT_MOST],
+                networks=tuple(attached),
+            )
+        )
+    return found
+
+
+def addresses(attached: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The addresses of a container's attachments."""
+    for net in attached:
+        for key in ("IPAddress", "GlobalIPv6Address"):
+            if net.get(key):
+                yield str(net[key])
+
+
+def sockets(folder: Path) -> set[tuple[str, str, int]]:
+    """(tcp or udp, address, port) of every listening socket of a network namespace."""
+    found = set()
+    for kind, listening in (("tcp", "0A"), ("udp", "07")):
+        for version in ("", "6"):
+            try:
+                lines = (folder / f"{kind}{version}").read_text().splitlines()[1:]
+            except OSError:  # the container has just ended, or there is no IPv6
+                continue
+            for line in lines:
+                words = line.split()
+                address, _, port = words[1].partition(":")
+                if words[3] == listening:
+                    found.add((kind, _address(address), int(port, 16)))
+    return found
+
+
+def _address(text: str) -> str:
+    """An address of /proc/net: words of four bytes, each in the machine's order."""
+    words = [bytes.fromhex(text[at : at + 8])[::-1] for at in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's side: gateway addresses of every bridge, and what listens on the host."""
+
+    gateways: Mapping[str, str]  # address to the network's name
+    tcp: tuple[int, ...]
+    udp: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ours: Sequence[Network]) -> "Host":
+        """All bridges of the engine, also of nobody's networks."""
+        gateways = {}
+        for network in inspected("network", listed("network", "ls", "--filter", "driver=bridge")):
+            for pool in network["IPAM"]["Config"] or ():
+                if pool.get("Gateway"):
+                    gateways[pool["Gateway"].partition("/")[0]] = network["Name"]
+        gateways |= {gateway: one.name for one in ours for gateway in one.gateways}
+        listening = sockets(Path("/proc/net"))
+        # What listens on the host's loopback only is tried too: a gateway must not lead there either.
+        ports = {kind: sorted({port for one, _, port in listening if one == kind}) for kind in ("tcp", "udp")}
+        return cls(gateways, tuple(ports["tcp"][:PORTS_AT_MOST]), tuple(ports["udp"][:PORTS_AT_MOST]))
+
+
+# --- The throwaway containers --------------------------------------------------------------------------------
+
+
+def image() -> str:
+    """An image of the host's own Python and the probe, made on the host: it needs neither a registry nor a network."""
+    files = sorted(set(_python_files()))
+    source = pkgutil.get_data("host", "probe.py") or b""
+    digest = hashlib.sha256(source)
+    for file in files:
+        digest.update(f"{file}\0{file.stat().st_size}\0".encode())
+    name = f"{REPOSITORY}:{digest.hexdigest()[:12]}"
+    there = subprocess.run(["docker", "image", "inspect", name], capture_output=True, timeout=60, check=False)
+    if there.returncode == 0:
+        return name
+    print("making the image of the probes from this host's Python", file=sys.stderr)
+    packed = io.BytesIO()
+    # Links are followed: with /lib merged into /usr/lib, a link's target has another name than the linker knows.
+    with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
+        for file in files:
+            tar.add(file, recursive=False)
+        entry = tarfile.TarInfo("probe.py")
+        entry.size, entry.mode = len(source), 0o444
+        tar.addfile(entry, io.BytesIO(source))
+        for folder in ("tmp", "proc", "sys", "dev", "etc"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+    label = f"LABEL {LABEL}=image"
+    made = subprocess.run(
+        ["docker", "import", "--change", label, "-", name],
+        input=packed.getvalue(),
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if made.returncode:
+        raise Undecided(f"docker import: {made.stderr.decode(errors='replace').strip()}. Next step: {ENGINE}")
+    return name
+
+
+def _python_files() -> Iterator[Path]:
+    """The interpreter, the libraries that it is linked to, and its standard library without tests and caches."""
+    binary = PYTHON.resolve()
+    if not binary.is_file():
+        raise Undecided(f"{PYTHON} is not there. Next step: apt-get install python3, or your distribution's package")
+    yield PYTHON
+    library = Path(f"/usr/lib/{binary.name}")
+    extensions = list(library.glob("lib-dynload/*.so"))
+    for linked in (binary, *extensions):
+        shown = subprocess.run(["ldd", str(linked)], capture_output=True, text=True, timeout=60, check=False).stdout
+        for word in re.findall(r"(/\S+)", shown):
+            yield Path(word)
+    for one in library.rglob("*"):
+        if one.is_file() and one.suffix in (".py", ".so") and not {"test", "tests", "idlelib"} & set(one.parts):
+            yield one
+
+
+@contextmanager
+def probes(declared: Mapping[str, Any], options: Options) -> Iterator[list[Network]]:
+    """Two containers in every network of every environment, in its slice; they are gone afterwards."""
+    mark = secrets.token_hex(4)
+    try:
+        wanted = [
+            one
+            for one in inspected("network", listed("network", "ls", "--filter", f"label={ENVIRONMENT}"))
+            if one["Labels"].get(ENVIRONMENT) in declared
+        ]
+        made = image()
+        with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+            yield list(pool.map(lambda one: _started(one, declared, made, mark, options), wanted))
+    finally:
+        left = subprocess.run(
+            ["docker", "ps", "--all", "--quiet", "--filter", f"label={LABEL}={mark}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        ).stdout.split()
+        if left:
+            subprocess.run(["docker", "rm", "--force", *left], capture_output=True, timeout=SECONDS, check=False)
+
+
+def _started(
+    network: Mapping[str, Any], declared: Mapping[str, Any], made: str, mark: str, options: Options
+) -> Network:
+    environment = network["Labels"][ENVIRONMENT]
+    ids = {}
+    for role in ("listener", "sender"):
+        ids[role] = docker(
+            *(
+                "run",
+                "--detach",
+                "--label",
+                f"{LABEL}={mark}",
+                "--name",
+                f"bulkhead-probe-{mark}-{network['Name']}-{role}",
+            ),
+            *("--network", network["Id"], "--network-alias", f"bulkhead-probe-{role}"),
+            *("--cgroup-parent", declared[environment]["cgroup_parent"], "--oom-score-adj", "1000"),
+            *options.extra,
+            *(made, str(PYTHON), "-ESs", "/probe.py", "listen"),
+        ).strip()
+    (listener,) = inspected("container", [ids["listener"]])
+    gateways = [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
+    attached = listener["NetworkSettings"]["Networks"].values()
+    gateways += [net[key] for net in attached for key in ("Gateway", "IPv6Gateway") if net.get(key)]
+    return Network(
+        environment=environment,
+        name=network["Name"],
+        gateways=tuple(dict.fromkeys(gateways)),
+        sender=ids["sender"],
+        listener=ids["listener"],
+        listens=tuple(addresses(attached)),
+    )
+
+
+def asked(container: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What came of attempts that a probe makes. `Undecided` when it does not say."""
+    command = ["docker", "exec", "--interactive", container, str(PYTHON), "-ESs", "/probe.py", "attempt"]
+    done = subprocess.run(
+        command, input=json.dumps(list(wanted)), capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    try:
+        found = [str(one) for one in json.loads(done.stdout)]
+    except ValueError:
+        found = []
+    if len(found) != len(wanted):
+        raise Undecided(f"a probe ended early: {done.stderr.strip()[-500:]}. Next step: docker logs {container}")
+    return found
+
+
+# --- The paths -----------------------------------------------------------------------------------------------
+
+
+def token(sender: Network, receiver: Network) -> str:
+    """What a packet between two networks carries, so that a listener knows whose it is."""
+    return hashlib.sha256(f"{sender.sender} {receiver.listener}".encode()).hexdigest()[:16]
+
+
+def tried(
+    source: Network,
+    networks: Sequence[Network],
+    running: Sequence[Container],
+    host: Host,
+    declared: Mapping[str, Any],
+    options: Options,
+) -> list[Proof]:
+    """Everything that is tried from one network."""
+    wanted = [
+        *within(source, running),
+        *to_others(source, networks, running, declared),
+        *to_host(source, host, declared, options.named),
+        *out_of_container(),
+        *to_named(options.named),
+    ]
+    results = asked(source.sender, [{"kind": one.kind, "with": dict(one.given)} for one in wanted])
+    return [
+        Proof(source.environment, source.name, one.path, one.target, one.expected, _said(one, result))
+        for one, result in zip(wanted, results, strict=True)
+    ]
+
+
+def _said(path: Way, result: str) -> str:
+    """A foreign name that leads to the environment's own containers leads nowhere foreign."""
+    found = result.removeprefix("resolved ").split()
+    ranges = [ipaddress.ip_network(one) for one in path.own]
+    if path.own and result.startswith("resolved ") and all(_inside(one, ranges) for one in found):
+        return f"not found (its own: {' '.join(found)})"
+    return result
+
+
+def _inside(address: str, ranges: Sequence[Any]) -> bool:
+    one = ipaddress.ip_address(address.partition("%")[0])
+    return any(one.version == range_.version and one in range_ for range_ in ranges)
+
+
+def within(source: Network, running: Sequence[Container]) -> Iterator[Way]:
+    """What must work: another container of the same network, by name and address, and the services there."""
+    yield Way("name of a container", "bulkhead-probe-listener", "name", {"of": "bulkhead-probe-listener"}, WORKS)
+    for address in source.listens:
+        target = f"{address} in {source.name}"
+        yield Way("container, TCP", f"{target}, port {probe.PORT}", "tcp", {"to": address, "port": probe.PORT}, WORKS)
+        if ":" not in address:
+            given = {"to": address, "port": probe.PORT, "token": token(source, source)}
+            yield Way("container, UDP", f"{target}, port {probe.PORT}", "udp", given, WORKS)
+        yield Way("container, ICMP", target, "icmp", {"to": address, "token": token(source, source)}, WORKS)
+    for one in running:
+        if one.environment == source.environment and source.name in one.networks:
+            yield Way("name of a service", one.name, "name", {"of": one.name}, WORKS)
+
+
+def to_others(
+    source: Network, networks: Sequence[Network], running: Sequence[Container], declared: Mapping[str, Any]
+) -> Iterator[Way]:
+    """Containers of every other environment by address and name, and forged senders."""
+    mine = declared[source.environment]
+    own = tuple(str(mine[key]) for key in ("subnet", "subnet6") if mine.get(key))
+    for one in running:
+        if one.environment == source.environment:
+            continue
+        for address in one.addresses:
+            target = f"{one.name} ({address})"
+            for port in (*one.tcp, CLOSED):
+                yield Way("container, TCP", f"{target}, port {port}", "tcp", {"to": address, "port": port})
+            for port in (*one.udp, CLOSED):
+                given = {"to": address, "port": port, "token": "x"}
+                yield Way("container, UDP", f"{target}, port {port}", "udp", given)
+            yield Way("container, ICMP", target, "icmp", {"to": address, "token": "x"})
+        for name in one.names:
+            yield Way("name of a container", f"{name} of {one.environment}", "name", {"of": name}, own=own)
+    for other in networks:
+        if other.environment == source.environment:
+            continue
+        for address in other.listens:
+            target = f"{other.name} ({address})"
+            mark = token(source, other)
+            yield Way("container, TCP", f"{target}, port {probe.PORT}", "tcp", {"to": address, "port": probe.PORT})
+            given = {"to": address, "port": probe.PORT, "token": mark}
+            yield Way("container, UDP", f"{target}, port {probe.PORT}", "udp", given)
+            yield Way("container, ICMP", target, "icmp", {"to": address, "token": mark})
+
+
+def to_host(source: Network, host: Host, declared: Mapping[str, Any], named: Named) -> Iterator[Way]:
+    """The host by the gateway address of every bridge: what listens there, a closed port, UDP, ICMP, IPv6.
+
+    A protected environment may talk to the host, so of it only the gateways of others' networks are no way: what is
+    published there by best-effort environments is on loopback, which policy sees to.
+    """
+    if declared[source.environment]["tier"] == "protected":
+        return
+    targets = {**host.gateways, **dict.fromkeys(named.outward, "the host's own address")}
+    for address, network in sorted(targets.items()):
+        whose = "its own network" if address in source.gateways else network
+        for port in (*host.tcp, CLOSED):
+            yield Way("host, TCP", f"{address} ({whose}), port {port}", "tcp", {"to": address, "port": port})
+        for port in (*host.udp, CLOSED):
+            given = {"to": address, "port": port, "token": "x"}
+            yield Way("host, UDP", f"{address} ({whose}), port {port}", "udp", given)
+        yield Way("host, ICMP", f"{address} ({whose})", "icmp", {"to": address, "token": "x"})
+
+
+def out_of_container() -> Iterator[Way]:
+    """The engine's socket, the kernel's switches, the limits of its own group, the host's disks and processes."""
+    for path in SOCKETS:
+        yield Way("engine's socket", path, "unix", {"path": path})
+    for path in OUT_OF_CONTAINER:
+        yield Way("file of the host's kernel", path, "write", {"path": path})
+    for major, minor in sorted(disks()):
+        yield Way("disk of the host", f"{major}:{minor}", "device", {"major": major, "minor": minor})
+    for kind in MOUNTS:
+        yield Way("mount", kind, "mount", {"kind": kind})
+    yield Way("processes of the host", "/proc", "processes", {})
+
+
+def disks() -> set[tuple[int, int]]:
+    """Numbers of the block devices that hold the host's file systems."""
+    found = set()
+    for file in Path("/sys/class/block").glob("*/dev"):
+        if not file.parent.name.startswith(("loop", "ram", "zram")):
+            major, _, minor = file.read_text().strip().partition(":")
+            found.add((int(major), int(minor)))
+    return found
+
+
+def to_named(named: Named) -> Iterator[Way]:
+    """Targets that the user named: the prober itself knows of no address beyond the host."""
+    for one, expected in (*product(named.forbidden, [BLOCKED]), *product(named.allowed, [WORKS])):
+        address, _, port = one.rpartition(":")
+        given = {"to": address.strip("[]"), "port": int(port)}
+        yield Way("named target, TCP", one, "tcp", given, expected)
+        if expected == BLOCKED:
+            yield Way("named target, UDP", one, "udp", {**given, "token": "x"})
+            yield Way("named target, ICMP", address, "icmp", {"to": given["to"], "token": "x"})
+
+
+def arrivals(networks: Sequence[Network], chosen: Sequence[str]) -> Iterator[Proof]:
+    """Packets with a forged sender, and what each listener saw of other environments: nothing may have come."""
+    pairs = [
+        (source, other)
+        for source, other in product(networks, networks)
+        if source.environment in chosen and source.environment != other.environment
+    ]
+    forged: dict[tuple[str, str], str] = {}
+    for source in networks:
+        mine = [(one, other) for one, other in pairs if one is source]
+        wanted = [
+            {"kind": "forged", "with": {"sender": sender, "to": to, "token": f"f{token(source, other)}"}}
+            for _, other in mine
+            for to in other.listens
+            if ":" not in to
+            # Somebody of that network, and somebody of no environment: either may be believed over there.
+            for sender in (_neighbour(to), "192.0.2.1")
+        ]
+        results = asked(source.sender, wanted) if wanted else []
+        sent = [result for result in results if result == "sent"]
+        for one, other in mine:
+            forged[one.sender, other.listener] = "" if sent or not results else results[0]
+    seen = {one.listener: heard(one) for one in networks}
+    for source, other in pairs:
+        mark = token(source, other)
+        came = sorted({f"{kind} from {sender}" for kind, sender, _, found in seen[other.listener] if found == mark})
+        arrived = f"arrived: {', '.join(came)}" if came else "not seen"
+        yield Proof(source.environment, source.name, "any packet", f"listener in {other.name}", BLOCKED, arrived)
+        came = sorted(
+            {f"{kind} from {sender}" for kind, sender, _, found in seen[other.listener] if found == f"f{mark}"}
+        )
+        refused = forged[source.sender, other.listener]
+        arrived = f"arrived: {', '.join(came)}" if came else refused or "not seen"
+        yield Proof(source.environment, source.name, "forged sender", f"listener in {other.name}", BLOCKED, arrived)
+    for source in networks:
+        if source.environment in chosen:
+            mark = token(source, source)
+            arrived = "answered" if any(found == mark for *_, found in seen[source.listener]) else "not seen"
+            yield Proof(source.environment, source.name, "any packet", f"listener in {source.name}", WORKS, arrived)
+
+
+def _neighbour(address: str) -> str:
+    return str(ipaddress.IPv4Address((int(ipaddress.IPv4Address(address)) & ~0xFF) | 0xFA))
+
+
+def heard(network: Network) -> list[tuple[str, str, int, str]]:
+    """What a listener has seen."""
+    said = docker("exec", network.listener, str(PYTHON), "-ESs", "/probe.py", "seen")
+    return [(str(kind), str(sender), int(port), str(found)) for kind, sender, port, found in json.loads(said)]
+
+
+def ceilings(name: str, declared: Mapping[str, Any], source: Network) -> Iterator[Proof]:
+    """The environment's limits of processes and memory, by running into them: the probe is killed first."""
+    limits = (declared.get("budget") or {}).get("limits") or {}
+    if limits.get("pids"):
+        most = int(limits["pids"]) + 16
+        (result,) = asked(source.sender, [{"kind": "fork", "with": {"most": most}}])
+        yield Proof(name, source.name, "processes", f"more than {limits['pids']}", BLOCKED, result)
+    if limits.get("memory"):
+        most = int(limits["memory"]) + 64 * 2**20
+        (result,) = asked(source.sender, [{"kind": "memory", "with": {"most": most}}])
+        yield Proof(name, source.name, "memory", f"more than {int(limits['memory']) // 2**20} MiB", BLOCKED, result)

@@ -1,0 +1,168 @@
+"""What a Docker host's /sys and mounts say of its disk, cgroups and service manager. Standard library only, since a
+remote machine is sent this file: `ssh host python3 - DATA_ROOT < settings/machine.py` prints what `read` returns."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MEASURED = Path("/var/lib/bulkhead/device.json")
+SYS = Path("/sys")
+CGROUPS = Path("/sys/fs/cgroup")
+GUARDS = ("dockerd", "containerd", "sshd")
+"""Programs that have to outlive everything else when the machine is out of memory."""
+
+
+def read(data_root: Path) -> dict[str, Any]:
+    """The facts as plain values: `systemd` (its version, 0 without), `recursive_memory`, `controllers`, `disk`,
+    `scores` (OOM scores of GUARDS) and `measured` (what host/device.py found, None before the first deploy).
+
+    `disk` is None where the data root's file system stands on no block device (overlay, zfs), else `number` (MAJ:MIN
+    of the whole disk), `name` and `size` (bytes) of the device whose throttle holds for the file system, `schedulers`
+    of the disks below it, `iocost` if it is on for all of them, and `quota` if the mount has project quotas.
+    """
+    folder = existing(data_root)
+    device = whole(folder)
+    below = disks(folder)
+    return {
+        "systemd": systemd(),
+        "recursive_memory": "memory_recursiveprot" in options(CGROUPS),
+        "controllers": sorted(controllers()),
+        "scores": scores(),
+        "measured": measured(),
+        "disk": device
+        and {
+            "number": (device / "dev").read_text().strip(),
+            "name": device.name.replace("!", "/"),
+            "size": int((device / "size").read_text()) * 512,
+            "schedulers": sorted({scheduler(disk) or "" for disk in below}),
+            "iocost": all(iocost(disk) for disk in below),
+            "quota": bool({"prjquota", "pquota"} & options(mount_of(folder))),
+        },
+    }
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or what stands above it: a user who is not root may not see Docker's own."""
+    return next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+
+
+def _device(folder: Path, sys: Path) -> Path | None:
+    number = folder.stat().st_dev
+    device = sys / "dev" / "block" / f"{os.major(number)}:{os.minor(number)}"
+    return device.resolve() if device.exists() else None
+
+
+def whole(folder: Path, sys: Path = SYS) -> Path | None:
+    """The device under a folder's file system, as a /sys folder: of a partition its disk, since cgroups throttle
+    whole devices only. A logical volume is a device of its own."""
+    device = _device(folder, sys)
+    return device.parent if device and (device / "partition").exists() else device
+
+
+def disks(folder: Path, sys: Path = SYS) -> list[Path]:
+    """The whole disks under a folder's file system, as /sys folders; none for one without a device (overlay, zfs)."""
+    device = _device(folder, sys)
+    return list(_below(device)) if device else []
+
+
+def _below(device: Path) -> Iterator[Path]:
+    slaves = list((device / "slaves").glob("*"))
+    for slave in slaves:  # LVM, dm-crypt and RAID stand on other devices
+        yield from _below(slave.resolve())
+    if not slaves:
+        yield device.parent if (device / "partition").exists() else device
+
+
+def scheduler(disk: Path) -> str | None:
+    """The active scheduler of a disk: the one in brackets."""
+    try:
+        active = re.search(r"\[(.+?)\]", (disk / "queue" / "scheduler").read_text())
+    except OSError:
+        return None
+    return active[1] if active else None
+
+
+def iocost(disk: Path, tree: Path = CGROUPS) -> bool:
+    """Whether cgroup v2's iocost model is on for the disk (io.cost.qos has a line `8:0 enable=1 …`)."""
+    try:
+        number = (disk / "dev").read_text().strip()
+        return any(line.startswith(f"{number} enable=1") for line in (tree / "io.cost.qos").read_text().splitlines())
+    except OSError:
+        return False
+
+
+def controllers(tree: Path = CGROUPS) -> frozenset[str]:
+    """Controllers of the mounted hierarchy: v2 lists them in a file, v1 has a folder for each."""
+    listed = tree / "cgroup.controllers"
+    if listed.exists():
+        return frozenset(listed.read_text().split())
+    return frozenset(name for folder in tree.glob("*/cgroup.procs") for name in folder.parent.name.split(","))
+
+
+def systemd() -> int:
+    """The version of systemd if it runs the machine, else 0."""
+    if not Path("/run/systemd/system").is_dir():
+        return 0
+    try:
+        told = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return 0
+    found = re.match(r"systemd (\d+)", told)
+    return int(found[1]) if found else 0
+
+
+def measured(file: Path = MEASURED) -> dict[str, Any] | None:
+    """The disk's speed as it was measured, see host/device.py."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def scores(proc: Path = Path("/proc")) -> dict[str, int]:
+    """The OOM score of each of GUARDS that runs: of those that are nobody's child of the same name, the highest.
+
+    A session's sshd is a child of the one that listens, and has given its protection up on purpose.
+    """
+    names: dict[str, str] = {}
+    found: dict[str, int] = {}
+    for folder in proc.glob("[0-9]*"):
+        try:
+            names[folder.name] = (folder / "comm").read_text().strip()
+        except OSError:
+            continue  # it has just ended
+    for process, name in names.items():
+        try:
+            if name in GUARDS:
+                parent = (proc / process / "stat").read_text().rpartition(")")[2].split()[1]
+                score = int((proc / process / "oom_score_adj").read_text())
+                if names.get(parent) != name:
+                    found[name] = max(found.get(name, score), score)
+        except OSError:
+            continue
+    return found
+
+
+def mount_of(folder: Path) -> Path:
+    """The mount point that a folder is under."""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_mount())
+
+
+def options(mount_point: Path, mounts: Path = Path("/proc/self/mounts")) -> frozenset[str]:
+    """The options of a mount point as the kernel shows them; the last mount there is the one that is seen."""
+    found: frozenset[str] = frozenset()
+    for line in mounts.read_text().splitlines():
+        fields = line.split(" ")
+        if fields[1].encode().decode("unicode_escape") == str(mount_point):
+            found = frozenset(fields[3].split(","))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(read(Path(sys.argv[1]))))

@@ -1,0 +1,1 @@
+"""A server as users have it, Debian with systemd and cgroup v2, as a virtual machine that Bulkhead deploys to."""

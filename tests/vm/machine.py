@@ -1,0 +1,205 @@
+"""A virtual server under QEMU, without acceleration: booted from an overlay of the cached disk, reached by ssh on
+loopback and by nothing else, and stopped with whoever started it."""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.vm.image import Image, Say
+
+MEMORY_MIB, CPUS = 3072, 2
+BOOT_SECONDS = 300
+STOP_SECONDS = 30
+PROGRESS_SECONDS = 15.0
+DEPLOYER = "deploy"
+
+# Everything that has to do with the deployer's ssh is in one folder: neither keys nor known hosts of the user who runs
+# the tests are read or changed. Connections are shared, since a handshake takes an emulated CPU seconds.
+SSH_CONFIG = """\
+Host *
+  IdentityFile {folder}/key
+  IdentitiesOnly yes
+  UserKnownHostsFile {folder}/known_hosts
+  GlobalKnownHostsFile none
+  StrictHostKeyChecking yes
+  ControlMaster auto
+  ControlPath {folder}/%C
+  ControlPersist 300
+  ServerAliveInterval 15
+"""
+
+
+class MachineError(Exception):
+    """The virtual machine did not start, or a command in it failed."""
+
+
+class Server:
+    """A running machine. `folder`: its disk, console log and ssh configuration; its path must be short (sockets)."""
+
+    def __init__(self, folder: Path, image: Image, port: int, say: Say) -> None:
+        self.folder, self.image, self.port, self._say = folder, image, port, say
+        self._qemu: subprocess.Popen[bytes] | None = None
+
+    def url(self, user: str = DEPLOYER) -> str:
+        """The address for `bulkhead:host`."""
+        return f"ssh://{user}@127.0.0.1:{self.port}"
+
+    @property
+    def key(self) -> Path:
+        """The deployer's public key."""
+        return self.folder / "key.pub"
+
+    @property
+    def console(self) -> Path:
+        """What the kernel and the service manager say while booting."""
+        return self.folder / "console.log"
+
+    def variables(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """`base`, with an `ssh` in front of PATH that has this machine's keys and known hosts, and with no agent."""
+        kept = {name: value for name, value in base.items() if name not in ("SSH_AUTH_SOCK", "DOCKER_HOST")}
+        return kept | {"PATH": os.pathsep.join([str(self.folder / "bin"), base.get("PATH", os.defpath)])}
+
+    def run(
+        self, script: str, *, user: str = "root", check: bool = True, stdin: bytes = b"", timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a shell script on the machine. MachineError with its output if it fails and `check` is set."""
+        done = subprocess.run(
+            self._ssh(user, f"sh -euc {shlex.quote(script)}"),
+            env=self.variables(),
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+        text = subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        )
+        if check and text.returncode:
+            raise MachineError(f"{script}\nended with {text.returncode}:\n{text.stdout}{text.stderr}")
+        return text
+
+    def said(self, script: str, user: str = "root") -> str:
+        """What a script prints, without the last newline."""
+        return self.run(script, user=user).stdout.rstrip("\n")
+
+    def load(self, images: Sequence[str]) -> None:
+        """Copies images of this machine's engine into the server's, which reaches no registry."""
+        self._say(f"virtual machine: loading {', '.join(images)}")
+        with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
+            load = self._ssh("root", "docker load --quiet")
+            # Of its own: the shared connection would be busy with it for as long.
+            load[1:1] = ["-o", "ControlPath=none"]
+            loaded = subprocess.run(load, env=self.variables(), stdin=save.stdout, check=False)
+        if save.returncode or loaded.returncode:
+            raise MachineError(f"docker save {' '.join(images)} | ssh … docker load: failed")
+
+    def boot(self) -> None:
+        """Starts the machine, and waits until ssh and the engine answer."""
+        self._prepare()
+        self._say(f"virtual machine: booting (console: {self.console})")
+        # It goes with us, however we end.
+        qemu = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._options()]
+        with (self.folder / "qemu.log").open("wb") as log:
+            self._qemu = subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._wait(previous="")
+
+    def reboot(self) -> None:
+        """Restarts the machine as `systemctl reboot` does, and waits until it answers again."""
+        before = self.boot_id()
+        self._say("virtual machine: rebooting")
+        self.run("systemctl --no-block reboot")
+        self._disconnect()
+        self._wait(previous=before)
+
+    def boot_id(self) -> str:
+        return self.said("cat /proc/sys/kernel/random/boot_id")
+
+    def stop(self) -> None:
+        """Ends the machine; its disk is lost with the folder."""
+        self._disconnect()
+        if self._qemu and self._qemu.poll() is None:
+            self._qemu.terminate()
+            try:
+                self._qemu.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._qemu.kill()
+                self._qemu.wait()
+
+    def _prepare(self) -> None:
+        (self.folder / "bin").mkdir(parents=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bulkhead-test", "-f", self.folder / "key"],
+            check=True,
+        )
+        (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {self.image.host_key}\n")
+        (self.folder / "config").write_text(SSH_CONFIG.format(folder=self.folder))
+        # ssh looks for its files in the home folder of the password database, whatever HOME says.
+        wrapper = self.folder / "bin" / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/config "$@"\n')
+        wrapper.chmod(0o755)
+        overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self.image.disk)]
+        subprocess.run([*overlay, str(self.folder / "overlay")], check=True)
+
+    def _options(self) -> list[str]:
+        # The key of root comes with the kernel's command line; systemd puts it in place before sshd starts.
+        key = self.key.read_text().replace(" ", "\\x20").strip()
+        network = f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22"
+        return [
+            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(CPUS), "-m", str(MEMORY_MIB)),
+            *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
+            *("-append", f"root=/dev/vda rw console=ttyS0 systemd.set_credential=ssh.authorized_keys.root:{key}"),
+            *("-drive", f"file={self.folder / 'overlay'},if=virtio,format=qcow2,cache=unsafe"),
+            *("-netdev", network, "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
+            *("-display", "none", "-monitor", "none", "-serial", f"file:{self.console}"),
+        ]
+
+    def _ssh(self, user: str, command: str) -> list[str]:
+        options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+        return [str(self.folder / "bin" / "ssh"), *options, self.url(user), "--", command]
+
+    def _disconnect(self) -> None:
+        for control in self.folder.glob("[0-9a-f]" * 40):
+            # The destination is not used, only asked for.
+            subprocess.run(
+                ["ssh", "-o", f"ControlPath={control}", "-O", "exit", "server"], capture_output=True, check=False
+            )
+
+    def _wait(self, previous: str) -> None:
+        started = said = time.monotonic()
+        ready = "docker version >/dev/null && cat /proc/sys/kernel/random/boot_id"
+        while (waited := time.monotonic() - started) < BOOT_SECONDS:
+            if self._qemu is None or self._qemu.poll() is not None:
+                raise MachineError(f"qemu has ended: {(self.folder / 'qemu.log').read_text()[-2000:]}")
+            try:
+                answer = self.run(ready, check=False, timeout=60)
+                if answer.returncode == 0 and answer.stdout.strip() not in ("", previous):
+                    self._say(f"virtual machine: ssh and Docker answer after {waited:.0f} s")
+                    return
+            except subprocess.TimeoutExpired:
+                pass
+            if time.monotonic() - said >= PROGRESS_SECONDS:
+                said = time.monotonic()
+                self._say(f"virtual machine: not up yet, {waited:.0f} s")
+            time.sleep(2)
+        console = self.console.read_text(errors="replace")
+        raise MachineError(f"not up within {BOOT_SECONDS} s; the end of its console:\n{console[-3000:]}")
+
+
+@contextmanager
+def running(folder: Path, image: Image, say: Say) -> Iterator[Server]:
+    """A booted server while it lasts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(folder, image, port, say)
+    try:
+        server.boot()
+        yield server
+    finally:
+        server.stop()
