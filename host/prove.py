@@ -90,7 +90,7 @@ class Way:
     kind: str
     given: Mapping[str, Any]
     expected: str = BLOCKED
-    own: tuple[str, ...] = ()  # a name that resolves to one of these ranges only is the environment's own
+    foreign: tuple[str, ...] = ()  # of a name: the addresses that it must not lead to
 
 
 @dataclass(frozen=True)
@@ -458,7 +458,7 @@ def tried(
     """Everything that is tried from one network."""
     wanted = [
         *within(source, running),
-        *to_others(source, networks, running, declared),
+        *to_others(source, networks, running),
         *to_host(source, host, declared, options.named),
         *out_of_container(),
         *to_named(options.named),
@@ -471,17 +471,11 @@ def tried(
 
 
 def _said(path: Way, result: str) -> str:
-    """A foreign name that leads to the environment's own containers leads nowhere foreign."""
-    found = result.removeprefix("resolved ").split()
-    ranges = [ipaddress.ip_network(one) for one in path.own]
-    if path.own and result.startswith("resolved ") and all(_inside(one, ranges) for one in found):
-        return f"not found (its own: {' '.join(found)})"
+    """A name that both environments have leads each to its own container, and that is no way to the other's."""
+    found = set(result.removeprefix("resolved ").split())
+    if path.foreign and result.startswith("resolved ") and not found & set(path.foreign):
+        return f"not found (its own: {' '.join(sorted(found))})"
     return result
-
-
-def _inside(address: str, ranges: Sequence[Any]) -> bool:
-    one = ipaddress.ip_address(address.partition("%")[0])
-    return any(one.version == range_.version and one in range_ for range_ in ranges)
 
 
 def within(source: Network, running: Sequence[Container]) -> Iterator[Way]:
@@ -499,12 +493,8 @@ def within(source: Network, running: Sequence[Container]) -> Iterator[Way]:
             yield Way("name of a service", one.name, "name", {"of": one.name}, WORKS)
 
 
-def to_others(
-    source: Network, networks: Sequence[Network], running: Sequence[Container], declared: Mapping[str, Any]
-) -> Iterator[Way]:
+def to_others(source: Network, networks: Sequence[Network], running: Sequence[Container]) -> Iterator[Way]:
     """Containers of every other environment by address and name, and forged senders."""
-    mine = declared[source.environment]
-    own = tuple(str(mine[key]) for key in ("subnet", "subnet6") if mine.get(key))
     for one in running:
         if one.environment == source.environment:
             continue
@@ -517,7 +507,9 @@ def to_others(
                 yield Way("container, UDP", f"{target}, port {port}", "udp", given)
             yield Way("container, ICMP", target, "icmp", {"to": address, "token": "x"})
         for name in one.names:
-            yield Way("name of a container", f"{name} of {one.environment}", "name", {"of": name}, own=own)
+            yield Way(
+                "name of a container", f"{name} of {one.environment}", "name", {"of": name}, foreign=one.addresses
+            )
     for other in networks:
         if other.environment == source.environment:
             continue

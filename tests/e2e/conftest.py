@@ -7,6 +7,7 @@ with their labels is removed at the end, also when a test fails.
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ PORTS = {PROD: "18080", DEV: "18081"}
 LEDGER: dict[str, Any] = {
     "bulkhead:system": {"cpus": "5%", "memory": "10%"},
     "bulkhead:environments": {
-        PROD: {"tier": "protected", "subnet": "10.91.0.0/16", "reservations": {"cpus": "60%", "memory": "50%"}},
+        PROD: {
+            "tier": "protected",
+            "subnet": "10.91.0.0/16",
+            "subnet6": "fd91::/48",
+            "reservations": {"cpus": "60%", "memory": "50%"},
+        },
         DEV: {
             "tier": "best-effort",
             "subnet": "10.92.0.0/16",
+            "subnet6": "fd92::/48",
             "limits": {"cpus": "100%", "memory": "20%", "pids": 2048},
         },
         STAGING: {
@@ -34,6 +41,19 @@ LEDGER: dict[str, Any] = {
         },
     },
 }
+
+
+LIVE = ("test_prove.py", "test_verify.py")
+"""Modules that need a deployment with all its environments, and leave it as they find it."""
+TAKEN_DOWN = "test_down_of_a_protected_environment_asks_for_its_name"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs LIVE modules on the deployment of test_deployment.py, just before that takes it down."""
+    live = [item for item in items if item.path.name in LIVE and item.path.parent == Path(__file__).parent]
+    others = [item for item in items if item not in live]
+    at = next((place for place, item in enumerate(others) if item.name == TAKEN_DOWN), len(others))
+    items[:] = [*others[:at], *live, *others[at:]]
 
 
 class Deployment:
@@ -94,8 +114,8 @@ def running(engine: docker.DockerClient, environment: str) -> list[Any]:
     return [one for one in ours(engine, environment)["containers"] if "bulkhead.files" not in one.labels]
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
+@contextmanager
+def project(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
     """A project with host, e2e-prod and e2e-dev, not yet deployed; all of it is gone afterwards."""
     removed(engine, ENVIRONMENTS)
     folder, state = tmp_path_factory.mktemp("bulkhead"), tmp_path_factory.mktemp("state")
@@ -114,3 +134,21 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerCl
         yield made
     finally:
         removed(engine, ENVIRONMENTS)
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
+    """A project of the module's own, not yet deployed."""
+    with project(tmp_path_factory, engine) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
+    """A deployed project, for tests that leave it as it was; deployed once for all of them."""
+    with project(tmp_path_factory, engine) as made:
+        try:
+            made.done("up")
+            yield made
+        finally:
+            made.make("down", BULKHEAD_CONFIRM=PROD)

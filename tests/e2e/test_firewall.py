@@ -1,0 +1,305 @@
+"""The firewall's table in the kernel: a host, containers and the world around it, all network namespaces of our own.
+Without the table every path here is open; with it only those that the ledger opens."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.firewall import ruleset
+from settings.ledger import Egress, Environment, Tier
+from tests.deployed import CHECKOUT
+
+pytestmark = pytest.mark.e2e
+
+MARK = f"bh{os.getpid()}"
+HOST, WORLD = f"{MARK}-host", f"{MARK}-world"
+PORT, DNS, SECOND = 8080, 53, 9
+RESOLVER = "the host's name server"
+WORLD_ADDRESSES = {
+    "internet": "198.51.100.10",
+    "internet, IPv6": "2001:db8::10",
+    "private network": "192.168.77.5",
+    RESOLVER: "192.168.77.53",
+    "metadata": "169.254.169.254",
+    "unique local IPv6": "fd00:ec2::254",
+}
+CONTAINERS = {
+    "dev": ("br-dev", "10.92.1.{}", "fd92::{}"),
+    "prod": ("br-prod", "10.91.1.{}", "fd91::{}"),
+    "staging": ("br-stag", "10.93.1.{}", None),
+    "build": ("docker0", "172.17.0.{}", None),
+    "stranger": ("br-other", "10.77.1.{}", None),
+}
+SUBNETS = {
+    "dev": ("10.92.0.0/16", "fd92::/48"),
+    "prod": ("10.91.0.0/16", "fd91::/48"),
+    "staging": ("10.93.0.0/16", None),
+}
+
+
+def ip(*words: str, where: str = "") -> None:
+    """`ip`, in a namespace."""
+    subprocess.run(["ip", *(["-netns", where] if where else []), *words], check=True, capture_output=True)
+
+
+def inside(namespace: str, *words: str, stdin: str = "") -> str:
+    """A command's output in a namespace."""
+    done = subprocess.run(
+        ["ip", "netns", "exec", namespace, *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=CHECKOUT,
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[None]:
+    """The namespaces, with a listener in each; all of it is gone afterwards."""
+    spaces = [HOST, WORLD, *(f"{MARK}-{name}" for name in CONTAINERS)]
+    listeners: list[subprocess.Popen[bytes]] = []
+    try:
+        for space in spaces:
+            ip("netns", "add", space)
+            ip("link", "set", "lo", "up", where=space)
+        _wired()
+        for space in spaces:
+            command = ["ip", "netns", "exec", space, sys.executable, "-c", LISTENER, str(PORT), str(DNS)]
+            listeners.append(subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE))
+        for listener in listeners:
+            assert listener.stdout is not None
+            assert listener.stdout.readline() == b"ready\n"
+        time.sleep(2)  # IPv6 looks for duplicates of its addresses first
+        yield
+    finally:
+        for listener in listeners:
+            listener.kill()
+            listener.communicate()
+        for space in spaces:
+            with suppress(subprocess.CalledProcessError):
+                ip("netns", "delete", space)
+
+
+LISTENER = """
+import socket, sys, threading
+def tcp(port):
+    server = socket.create_server(("::", int(port)), family=socket.AF_INET6, dualstack_ipv6=True)
+    while True:
+        server.accept()[0].close()
+for port in sys.argv[1:]:
+    threading.Thread(target=tcp, args=(port,), daemon=True).start()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def _wired() -> None:
+    for setting in ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.conf.all.rp_filter=0"):
+        inside(HOST, "sysctl", "-qw", setting)
+    for name, (bridge, four, six) in CONTAINERS.items():
+        space = f"{MARK}-{name}"
+        ip("link", "add", bridge, "type", "bridge", where=HOST)
+        ip("link", "add", f"v-{name}", "type", "veth", "peer", "name", "eth0", "netns", space, where=HOST)
+        ip("link", "set", f"v-{name}", "master", bridge, "up", where=HOST)
+        ip("link", "set", bridge, "up", where=HOST)
+        ip("link", "set", "eth0", "up", where=space)
+        for form, length in ((four, "24"), (six, "64")):
+            if form:
+                ip("address", "add", f"{form.format(1)}/{length}", "dev", bridge, where=HOST)
+                ip("address", "add", f"{form.format(2)}/{length}", "dev", "eth0", where=space)
+                ip("route", "add", "default", "via", form.format(1), where=space)
+    ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", WORLD, where=HOST)
+    for space, own in (
+        (HOST, ("192.0.2.1/24", "2001:db8:ffff::1/64")),
+        (WORLD, ("192.0.2.2/24", "2001:db8:ffff::2/64")),
+    ):
+        ip("link", "set", "eth0", "up", where=space)
+        for address in own:
+            ip("address", "add", address, "dev", "eth0", where=space)
+    for address in WORLD_ADDRESSES.values():
+        ip("address", "add", address, "dev", "lo", where=WORLD)
+    for there, here in ((WORLD, "192.0.2.1"), (HOST, "192.0.2.2")):
+        ip("route", "add", "default", "via", here, where=there)
+    for there, here in ((WORLD, "2001:db8:ffff::1"), (HOST, "2001:db8:ffff::2")):
+        ip("route", "add", "default", "via", here, where=there)
+
+
+def loaded(egress: Mapping[str, Egress | None] | None) -> None:
+    """Loads the table of three environments, of which these have such an egress; none for None."""
+    inside(HOST, "nft", "flush", "ruleset")
+    if egress is None:
+        return
+    environments = [
+        Environment(
+            name=name,
+            tier=Tier.PROTECTED if name == "prod" else Tier.BEST_EFFORT,
+            subnet=IPv4Network(four),
+            subnet6=None if six is None else IPv6Network(six),
+            egress=egress.get(name),
+        )
+        for name, (four, six) in SUBNETS.items()
+    ]
+    resolver = f"elements = {{ {WORLD_ADDRESSES[RESOLVER]} }};"
+    text = ruleset(environments).replace("@RESOLVERS4@", resolver).replace("@RESOLVERS6@", "")
+    inside(HOST, "nft", "--file", "-", stdin=text)
+
+
+def targets(source: str) -> dict[str, tuple[str, int]]:
+    """Everywhere that a container may try to go: address and port by what it is."""
+    found = {name: (address, PORT) for name, address in WORLD_ADDRESSES.items()}
+    found[f"{RESOLVER}, DNS"] = (WORLD_ADDRESSES[RESOLVER], DNS)
+    found["the host's own address"] = ("192.0.2.1", PORT)
+    for name, (_, four, six) in CONTAINERS.items():
+        found[f"gateway of {name}"] = (four.format(1), PORT)
+        if name != source:
+            found[f"container of {name}"] = (four.format(2), PORT)
+        if six and CONTAINERS[source][2]:
+            found[f"gateway of {name}, IPv6"] = (six.format(1), PORT)
+            if name != source:
+                found[f"container of {name}, IPv6"] = (six.format(2), PORT)
+    if CONTAINERS[source][2] is None:
+        found = {name: to for name, to in found.items() if ":" not in to[0]}
+    return found
+
+
+def reached(source: str) -> set[str]:
+    """What a container really reaches: a refusal has come from there too."""
+    wanted = targets(source)
+    attempts: list[dict[str, Any]] = [
+        {"kind": "tcp", "with": {"to": address, "port": port}} for address, port in wanted.values()
+    ]
+    script = "import json, sys; from host.probe import attempt; print(json.dumps(attempt(json.load(sys.stdin))))"
+    said = json.loads(inside(f"{MARK}-{source}", sys.executable, "-c", script, stdin=json.dumps(attempts)))
+    return {name for name, result in zip(wanted, said, strict=True) if result in ("connected", "refused")}
+
+
+def world(*names: str) -> set[str]:
+    return set(names)
+
+
+OUTSIDE = world(*WORLD_ADDRESSES, f"{RESOLVER}, DNS")
+PUBLIC = world("internet", "internet, IPv6", f"{RESOLVER}, DNS")
+
+
+@pytest.mark.parametrize("source", CONTAINERS)
+def test_without_the_table_everything_is_reached(source: str, network: None) -> None:
+    loaded(None)
+    assert reached(source) == set(targets(source))
+
+
+@pytest.mark.parametrize(
+    ("egress", "expected"),
+    [
+        (("internet",), PUBLIC),
+        (("none",), set()),
+        ((ip_network("192.168.77.0/28"),), world("private network", f"{RESOLVER}, DNS")),
+        (("internet", ip_network("192.168.77.0/28")), PUBLIC | world("private network")),
+        (
+            (ip_network("169.254.0.0/16"), ip_network("2001:db8::/64")),
+            world("internet, IPv6", f"{RESOLVER}, DNS"),
+        ),
+    ],
+    ids=["internet", "none", "a private network", "internet and a private network", "link-local is never opened"],
+)
+def test_a_best_effort_environment_reaches_what_its_egress_says_and_nothing_of_the_host_or_of_others(
+    egress: Sequence[Any], expected: set[str], network: None
+) -> None:
+    loaded({"dev": tuple(egress), "staging": ("internet",)})
+    assert reached("dev") == expected
+
+
+def test_an_environment_without_ipv6_and_two_best_effort_ones_are_kept_apart_too(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    assert reached("staging") == {name for name in PUBLIC if "IPv6" not in name}
+
+
+def test_a_protected_environment_reaches_all_but_other_environments(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    closed = {f"container of {name}{six}" for name in ("dev", "staging") for six in ("", ", IPv6")}
+    # The gateways of others' networks are in their ranges.
+    closed |= {f"gateway of {name}{six}" for name in ("dev", "staging") for six in ("", ", IPv6")}
+    assert reached("prod") == set(targets("prod")) - closed
+
+
+def test_builds_reach_what_they_build_from_and_nothing_of_the_host_or_of_an_environment(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    assert reached("build") == {
+        "internet",
+        "private network",
+        "the host's name server",
+        f"{RESOLVER}, DNS",
+    } | {"container of stranger"}
+
+
+def test_containers_of_nobody_reach_no_environment(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    closed = {f"{what} of {name}" for what in ("container", "gateway") for name in SUBNETS}
+    assert reached("stranger") == set(targets("stranger")) - closed
+
+
+def test_the_host_reaches_its_containers_and_they_answer(network: None) -> None:
+    loaded({"dev": ("none",), "staging": ("internet",)})
+    script = "import socket, sys; [socket.create_connection((to, int(sys.argv[1])), 2).close() for to in sys.argv[2:]]"
+    inside(HOST, sys.executable, "-c", script, str(PORT), "10.92.1.2", "10.91.1.2", "fd92::2")
+
+
+def test_a_forged_sender_is_dropped(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    script = "from host.probe import forged; print(forged('10.91.1.77', '10.91.1.2', 'x'))"
+    assert inside(f"{MARK}-dev", sys.executable, "-c", script).strip() == "sent"
+    listed = json.loads(inside(HOST, "nft", "--json", "list", "table", "inet", "bulkhead"))
+    rules = [one["rule"] for one in listed["nftables"] if "rule" in one]
+    dropped = [rule for rule in rules if rule.get("comment") == "forged sender" and rule["chain"] == "sent"]
+    assert sum(part["counter"]["packets"] for rule in dropped for part in rule["expr"] if "counter" in part) >= 2
+
+
+def test_the_table_replaces_itself_as_one_and_touches_no_other(network: None) -> None:
+    loaded({"dev": ("internet",)})
+    inside(HOST, "nft", "add", "table", "inet", "somebody_elses")
+    text = ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=IPv4Network("10.92.0.0/16"))])
+    inside(HOST, "nft", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
+    inside(HOST, "nft", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
+    assert inside(HOST, "nft", "list", "tables").split("\n")[:-1] == [
+        "table inet somebody_elses",
+        "table inet bulkhead",
+    ]
+
+
+def test_the_file_of_a_host_names_its_own_name_servers(tmp_path: Path, network: None) -> None:
+    from components import firewall
+
+    create, delete = firewall.scripts(
+        ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=IPv4Network("10.92.0.0/16"))])
+    )
+    file = tmp_path / "firewall.nft"
+    redirected = [
+        script.replace(firewall.FILE, str(file)).replace("/run/systemd/system", "/nowhere")
+        for script in (create, delete)
+    ]
+    (tmp_path / "resolv.conf").write_text(
+        "nameserver 127.0.0.53\nnameserver 192.168.77.53\nnameserver fd00::53\nnameserver fe80::1%eth0\n"
+    )
+    script = (
+        redirected[0]
+        .replace("/etc/resolv.conf", str(tmp_path / "resolv.conf"))
+        .replace("mkdir -p /etc/bulkhead", "true")
+    )
+    inside(HOST, "nft", "flush", "ruleset")
+    inside(HOST, "sh", "-eu", "-c", script)
+    assert "elements = { 192.168.77.53 };" in file.read_text()
+    assert "elements = { fd00::53 };" in file.read_text()
+    assert "table inet bulkhead" in inside(HOST, "nft", "list", "tables")
+    inside(HOST, "sh", "-eu", "-c", redirected[1])
+    assert not file.exists()
+    assert inside(HOST, "nft", "list", "tables") == ""
