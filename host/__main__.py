@@ -11,7 +11,6 @@ from host.machine import Undecided
 VERBS = {
     "verify": "compare what is declared with the engine, the cgroups and the firewall",
     "prove": "try every way across a boundary; each must fail",
-    "firewall": "the firewall's rules with their counters",
     "keep": "keep OOM scores and disk ceilings as declared",
     "watch": "run verify and keep at their periods, where no systemd does",
 }

@@ -23,11 +23,35 @@ GRACE_SECONDS = 15 * 60
 DU_SECONDS = 30 * 60
 DU_SHARE = 20
 """After counting an environment's files for a second, they are not counted again for this many."""
+ENGINE_PIDS = ("run/docker.pid", "run/docker/containerd/containerd.pid")
+ENGINE_SCORE = -500
+"""What Docker's own unit gives it; Debian's docker.io runs with 0 (measured). Containers do not inherit it."""
 PASSES = 5
 """Processes that start while scores are written are found by looking again; their children have the score by birth."""
 
 
 # --- OOM scores ----------------------------------------------------------------------------------------------------
+
+
+def guard(places: Places) -> dict[str, int]:
+    """Sees to it that the engine outlives everything else. Returns the score of each pid file's process afterwards.
+
+    Found by its pid files, and not by name: any process in a container may call itself dockerd.
+    """
+    found: dict[str, int] = {}
+    for file in ENGINE_PIDS:
+        try:
+            score = places.processes / (places.root / file).read_text().strip() / "oom_score_adj"
+            found[file] = int(score.read_text())
+        except (OSError, ValueError):
+            continue  # another service has started it, and given it a score
+        if found[file] > ENGINE_SCORE:
+            try:
+                score.write_text(str(ENGINE_SCORE))
+                found[file] = int(score.read_text())
+            except OSError:
+                continue  # root in a container may not lower a score
+    return found
 
 
 def folders(engine: Mapping[str, Any], parent: str, places: Places) -> list[Path]:
@@ -260,7 +284,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 
 def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """Does all of it. What needs no engine is done first, and also when the engine does not answer."""
-    engine, under_way = declared["engine"], deploying(places)
+    engine, under_way, scores = declared["engine"], deploying(places), guard(places)
     environments: dict[str, Any] = {}
     for name, promised in declared["environments"].items():
         groups = folders(engine, promised["cgroup_parent"], places)
@@ -292,6 +316,7 @@ def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places)
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "environments": environments,
+        "engine_scores": scores,
         "undecided": undecided,
     }
 
@@ -316,6 +341,9 @@ def told(report: Mapping[str, Any]) -> Iterator[str]:
             else:
                 yield f"OVER {held}: released for now, paused again unless it comes below"
     yield from (f"undecided: {problem}" for problem in report["undecided"])
+    for file, score in report["engine_scores"].items():
+        if score > ENGINE_SCORE:
+            yield f"the engine ({file}) has OOM score {score} and may be killed before a large prod is: see make doctor"
     for name, one in report["environments"].items():
         stands = one["disk"]
         space = f", {_gib(stands['used'])} of {_gib(stands['ceiling'])} on the disk" if stands else ""

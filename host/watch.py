@@ -18,8 +18,9 @@ from host.machine import Places
 
 VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news")}
 PERIOD = 60.0
-MARGIN = 5 / 6
-"""Runs start at this part of the period, so that what happens just after a look is reported within the period."""
+MARGIN = 10.0
+"""Runs start so many seconds before the period is over (half of a short one): what happens just after a look, and is
+then looked at twice, is still reported within the period."""
 LOG_BYTES = 2**20
 START_STOP_SECONDS = 10
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        loop(args.verbs or list(VERBS), args.period * MARGIN, args.log)
+        loop(args.verbs or list(VERBS), max(args.period - MARGIN, args.period / 2), args.log)
     return 0
 
 
@@ -85,22 +86,23 @@ def program() -> list[str]:
 
 
 def start(args: argparse.Namespace) -> int:
-    """Starts the loop as a process of its own session, holding nothing of whoever started it."""
+    """Starts the loop as a process of its own session, holding nothing of whoever started it, unless one runs."""
     args.pid_file.parent.mkdir(parents=True, exist_ok=True)
+    with args.pid_file.open("a+") as file:
+        if not locked(file.fileno()):
+            return 0
+        file.truncate(0)
     command = [*program(), "watch", *args.verbs, f"--period={args.period:g}", f"--pid-file={args.pid_file}"]
     null = subprocess.DEVNULL
     child = subprocess.Popen(
         [*command, f"--log={args.log}"], stdin=null, stdout=null, stderr=null, start_new_session=True
     )
-    with args.pid_file.open("a+") as file:
-        deadline = time.monotonic() + START_STOP_SECONDS
-        # Either it has the lock, or another one that ran before has it and it has ended.
-        while child.poll() is None and locked(file.fileno()):
-            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-            if time.monotonic() > deadline:
-                print(f"{args.pid_file}: the watch process did not start", file=sys.stderr)
-                return 2
-            time.sleep(0.05)
+    deadline = time.monotonic() + START_STOP_SECONDS
+    while child.poll() is None and args.pid_file.read_text() != str(child.pid):
+        if time.monotonic() > deadline:
+            print(f"{args.pid_file}: the watch process did not start", file=sys.stderr)
+            return 2
+        time.sleep(0.05)
     return child.returncode or 0
 
 
@@ -113,8 +115,9 @@ def stop(file: Path) -> int:
         asked = ""
         while not locked(held.fileno()):
             held.seek(0)
-            if not asked and (asked := held.read().strip()):
-                os.kill(int(asked), signal.SIGTERM)
+            if (runs := held.read().strip()) and runs != asked:
+                os.kill(int(runs), signal.SIGTERM)
+                asked = runs
             if time.monotonic() > deadline:
                 print(f"{file}: process {asked} does not end", file=sys.stderr)
                 return 2

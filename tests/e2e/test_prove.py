@@ -186,7 +186,7 @@ def test_a_host_where_nothing_works_cannot_pass(live: Deployment) -> None:
 @pytest.fixture
 def world() -> Iterator[None]:
     """A host beyond ours that plays the internet and the cloud's metadata service: a network namespace."""
-    listen = "import socket, threading; s = socket.create_server(('', 8080)); print('up', flush=True)\nwhile True: s.accept()"
+    listen = "import socket\ns = socket.create_server(('', 8080))\nprint('up', flush=True)\nwhile True: s.accept()"
     served: subprocess.Popen[bytes] | None = None
     try:
         shell(
