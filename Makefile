@@ -16,10 +16,10 @@ KEY ?=
 .NOTPARALLEL:
 .PHONY: help setup bootstrap up preview report drift down verify prove firewall plan doctor pulumi test test-engine \
 	mutate lint lint-workflows format \
-	bench diagram engine-start engine-stop clean
+	bench bench-interference diagram engine-start engine-stop clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing: Python environment, Pulumi, Docker engine, base image
 	@$(SETUP) up
@@ -110,6 +110,10 @@ policy-docs: ## Write docs/policies.md and the schema of policy configs from the
 
 bench: setup ## Deploys as ratios to plain Pulumi and Compose, previews at 10, 100, 400 containers
 	@$(PYTHON) -m tests.bench $(ARGS)
+
+bench-interference: ## What dev's misbehaviour costs prod, and what dev gets: 5 minutes, or ARGS=--full; loads the machine
+	@$(SETUP) test
+	@$(PYTHON) -m bench.interference $(ARGS)
 
 engine-start: ## Start a Docker engine if none answers
 	@$(SETUP) engine-start

@@ -63,13 +63,6 @@ class Dev:
     build: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Work:
-    """Units a second, when an antagonist has ended well."""
-
-    rate: float
-
-
 class Running:
     """An antagonist under way. `begun` waits until the part that counts begins; `work` until it has ended."""
 
@@ -101,8 +94,7 @@ class InContainer(Running):
         )
 
     def begun(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._process.stdout or ():
             if line.strip() == MEASURED:
                 return
             self._before += line
@@ -121,7 +113,9 @@ class InContainer(Running):
     def stop(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
 
 
 class Repeated(Running):
@@ -130,7 +124,7 @@ class Repeated(Running):
     def __init__(self, command: Sequence[str], lead: int, seconds: int) -> None:
         self._command = command
         self._lead, self._seconds = lead, seconds
-        self._begun, self._stopped = threading.Event(), threading.Event()
+        self._stopped = threading.Event()
         self._done: list[float] = []
         self._failed = ""
         self._child: subprocess.Popen[str] | None = None
@@ -165,7 +159,7 @@ class Repeated(Running):
             self.stop()
         if self._failed:
             raise FaultError(f"{' '.join(self._command[:2])} failed: {self._failed}")
-        return rate_of(self._done, self._started + self._lead)
+        return rate_of(self._done, self._started, self._started + self._lead)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -174,16 +168,17 @@ class Repeated(Running):
         self._thread.join()
 
 
-def rate_of(done: Sequence[float], begin: float) -> float:
-    """How many a second were done, by the times at which each was: from the last before `begin` to the last of all.
+def rate_of(done: Sequence[float], started: float, begin: float) -> float:
+    """How many a second were done after `begin`, by the times at which each was, one after the other from `started`.
 
-    Whole pieces of work in a short time: counting those within it would be off by up to one.
+    Whole pieces of work in a short time: counting those within it would be off by up to one, so it is counted from the
+    last end before `begin` to the last of all.
     """
     before = [one for one in done if one <= begin]
     after = [one for one in done if one > begin]
     if not after:
         raise FaultError("did no work")
-    return len(after) / (after[-1] - (before[-1] if before else begin))
+    return len(after) / (after[-1] - (before[-1] if before else started))
 
 
 @dataclass(frozen=True)
@@ -200,15 +195,17 @@ class Antagonist:
 # --- in a container
 
 
-def stress(*options: str) -> Callable[[Dev, Bounds, int, int], Running]:
-    """stress-ng with these options; `{…}` in them are `Bounds`. It runs twice, since it counts over a whole run."""
+def stress(options: str, before: str = ":") -> Callable[[Dev, Bounds, int, int], Running]:
+    """stress-ng with these options, after the command `before`; `{…}` in both are `Bounds`.
+
+    It runs twice, since it counts over a whole run.
+    """
 
     def start(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
-        words = " ".join(options).format(cpus=bounds.cpus, many=4 * bounds.cpus, hog=bounds.hog, processes=PROCESSES)
         script = (
-            f"stress-ng {words} --timeout {lead}s --quiet; echo {MEASURED}; "
-            f"stress-ng {words} --timeout {seconds}s --metrics-brief"
-        )
+            f"{before}; stress-ng {options} --timeout {lead}s --quiet; echo {MEASURED}; "
+            f"stress-ng {options} --timeout {seconds}s --metrics-brief"
+        ).format(cpus=bounds.cpus, many=4 * bounds.cpus, half=bounds.hog // 2 // 1024, processes=PROCESSES)
         return InContainer(dev.containers["load"], script, lead + seconds, stress_rate)
 
     return start
@@ -222,15 +219,14 @@ def stress_rate(said: str) -> float:
     return int(found[1]) / float(found[2])
 
 
-def fio(*options: str, before: str = ":") -> Callable[[Dev, Bounds, int, int], Running]:
+def fio(options: str, before: str = ":") -> Callable[[Dev, Bounds, int, int], Running]:
     """fio with these options, after the command `before`; `{…}` in them are `Bounds`. It leaves out its own lead."""
 
     def start(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
-        words = " ".join(options)
         script = (
             f"{before}; (sleep {lead}; echo {MEASURED}) & "
             f"fio --name=load --ioengine=psync --time_based --ramp_time={lead} --runtime={seconds} "
-            f"--output-format=json {words}; wait"
+            f"--output-format=json {options}; wait"
         ).format(stream=bounds.stream)
         return InContainer(dev.containers["load"], script, lead + seconds, fio_rate)
 
@@ -240,10 +236,11 @@ def fio(*options: str, before: str = ":") -> Callable[[Dev, Bounds, int, int], R
 def fio_rate(said: str) -> float:
     """Bytes a second, read and written."""
     job = json.loads(said[said.index("{") :])["jobs"][0]
-    return float(sum(1000 * job[way]["io_bytes"] / job[way]["runtime"] for way in ("read", "write") if job[way]["runtime"]))
+    ways = [job[way] for way in ("read", "write") if job[way]["runtime"]]
+    return float(sum(1000 * one["io_bytes"] / one["runtime"] for one in ways))
 
 
-def flood(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
+def flood(dev: Dev, _: Bounds, lead: int, seconds: int) -> Running:
     """The smallest packets, as fast as they go, from `load` to `peer` over dev's own bridge."""
     server = ["docker", "exec", "--detach", dev.containers["peer"]]
     subprocess.run([*server, "timeout", str(lead + seconds + GRACE), "iperf3", "--server", "--one-off"], check=True)
@@ -263,11 +260,11 @@ def flood_rate(said: str) -> float:
 # --- by the engine
 
 
-def builds(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
+def builds(dev: Dev, _: Bounds, lead: int, seconds: int) -> Running:
     return Repeated(dev.build, lead, seconds)
 
 
-def restarts(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
+def restarts(dev: Dev, _: Bounds, lead: int, seconds: int) -> Running:
     return Repeated(("docker", "restart", "--time", "0", dev.containers["spare"]), lead, seconds)
 
 
@@ -290,9 +287,9 @@ ANTAGONISTS: Mapping[str, Antagonist] = {
         ),
         Antagonist(
             "memory",
-            f"two processes that fill and rewrite {MEMORY_SHARE:.0%} of the memory",
-            "operations",
-            stress("--vm 2 --vm-bytes {hog} --vm-keep --vm-method write64"),
+            f"two processes that fill {MEMORY_SHARE:.0%} of the memory, let go and begin again",
+            "pieces of 16 MiB",
+            stress("--bigheap 2 --bigheap-growth 16m", before="ulimit -v {half}"),
         ),
         Antagonist(
             "stream",

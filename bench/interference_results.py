@@ -3,6 +3,7 @@ Pure arithmetic: no clock, no engine, no files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Rules:
     `steal`: share of CPU time that the hypervisor gave to others.
     """
 
-    lag_ms: float = 10.0
+    lag_ms: float = 5.0
     unsent: float = 0.01
     steal: float = 0.02
 
@@ -228,11 +229,8 @@ def reclaim(slots: Sequence[tuple[float, float | None, float]], solo_p50: float)
     `slots`: (start in seconds, median latency in ms or None where nothing was asked, share answered) in order. Served:
     95 % answered, and a median of at most 1.5 times prod's alone. None if that never comes.
     """
-    good = [
-        median is not None and answered >= SERVED and median <= SLOWER * solo_p50 for _, median, answered in slots
-    ]
-    pairs = zip(good, good[1:], strict=False)
-    return next((slots[number][0] for number, pair in enumerate(pairs) if all(pair)), None)
+    good = [median is not None and answered >= SERVED and median <= SLOWER * solo_p50 for _, median, answered in slots]
+    return next((slots[number][0] for number, pair in enumerate(pairwise(good)) if all(pair)), None)
 
 
 SERVED, SLOWER = 0.95, 1.5

@@ -17,6 +17,14 @@ from cli.pulumi import PulumiError
 from settings.ledger import LedgerSettings
 
 PROGRAM = "/usr/local/lib/bulkhead/host.pyz"
+LOOKS = (
+    "if [ -d /run/systemd/system ]; then\n"
+    "  for timer in /etc/systemd/system/bulkhead-*.timer; do\n"
+    '    [ ! -e "$timer" ] || systemctl start "${timer##*/}"\n'
+    "  done\n"
+    f"elif [ -e {PROGRAM} ]; then\n  python3 {PROGRAM} watch --start\nfi\n"
+)
+"""Starts what looks regularly, where it has been stopped: Pulumi sees no change that would make it do so."""
 STACKS = "/etc/bulkhead/stacks"
 MARKS = "/run/bulkhead/deploying"
 SECONDS = 900.0
@@ -53,13 +61,13 @@ class Agent:
 
     @contextmanager
     def deploying(self, stacks: Sequence[str]) -> Iterator[None]:
-        """Tells the agent which stacks are about to differ, so that it reports none of it."""
+        """Tells the agent which stacks are about to differ, so that it reports none of it; sees that it runs then."""
         marks = " ".join(f"{MARKS}/{shlex.quote(stack)}" for stack in stacks)
         self._root(f"mkdir -p {MARKS}\ntouch {marks}\n")
         try:
             yield
         finally:
-            self._root(f"rm -f {marks}\nrmdir {MARKS} {MARKS.rpartition('/')[0]} 2>/dev/null || true\n")
+            self._root(f"rm -f {marks}\nrmdir {MARKS} {MARKS.rpartition('/')[0]} 2>/dev/null || true\n{LOOKS}")
 
     def run(self, verb: str, *options: str) -> tuple[int, dict[str, Any]]:
         """Exit code and result of a verb. PulumiError where it could not do its work."""

@@ -54,30 +54,6 @@ set -eu
 umask 022
 say() { printf '%s\\n' "$*"; }
 
-missing=
-while read -r program package; do
-  command -v "$program" >/dev/null || missing="$missing $package"
-done <<'PROGRAMS'
-dockerd docker.io
-nft nftables
-python3 python3
-sudo sudo
-logger bsdutils
-PROGRAMS
-if [ -n "$missing" ]; then
-  command -v apt-get >/dev/null || { echo "no apt-get here. Install by hand:$missing" >&2; exit 1; }
-  export DEBIAN_FRONTEND=noninteractive
-  # Not running yet: the engine gets its settings first.
-  apt-get update -qq
-  # shellcheck disable=SC2086
-  apt-get install -qq -y --no-install-recommends $missing >/dev/null
-  say "packages: installed$missing"
-else
-  say "packages: all there"
-fi
-# From Debian 13 on the client is a package of its own.
-command -v docker >/dev/null || apt-get install -qq -y --no-install-recommends docker-cli >/dev/null
-
 put() { # file, mode: writes standard input, atomically, if it is something else
   new=$(mktemp "$1.XXXXXXXX")
   cat >"$new"
@@ -91,7 +67,8 @@ put() { # file, mode: writes standard input, atomically, if it is something else
   fi
 }
 
-restart=
+# Before the engine is installed, so that it starts with them.
+changed=
 mkdir -p /etc/docker
 if [ -e /etc/docker/daemon.json ]; then
   grep -q '"live-restore": *true' /etc/docker/daemon.json ||
@@ -99,14 +76,43 @@ if [ -e /etc/docker/daemon.json ]; then
 else
   put /etc/docker/daemon.json 644 <<'FILE'
 @ENGINE@FILE
-  restart=yes
+  changed=yes
 fi
+
+missing=
+while read -r program package; do
+  command -v "$program" >/dev/null || missing="$missing $package"
+done <<'PROGRAMS'
+dockerd docker.io
+nft nftables
+python3 python3
+sudo sudo
+logger bsdutils
+PROGRAMS
+if [ -n "$missing" ]; then
+  command -v apt-get >/dev/null || { echo "no apt-get here. Install by hand:$missing" >&2; exit 1; }
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  # shellcheck disable=SC2086
+  apt-get install -qq -y --no-install-recommends $missing >/dev/null
+  say "packages: installed$missing"
+else
+  say "packages: all there"
+fi
+# From Debian 13 on the client is a package of its own.
+command -v docker >/dev/null || apt-get install -qq -y --no-install-recommends docker-cli >/dev/null
+
 if [ -d /run/systemd/system ]; then
   systemctl is-enabled --quiet docker || { systemctl enable --quiet docker; say "docker: enabled"; }
-  if [ -n "$restart" ]; then systemctl restart docker; say "docker: restarted, for its settings"; fi
+  # A restart would stop what runs on it.
+  if [ -n "$changed" ] && systemctl is-active --quiet docker; then
+    systemctl reload docker
+    say "docker: reloaded, for its settings"
+  fi
   systemctl is-active --quiet docker || { systemctl start docker; say "docker: started"; }
+  version=$(docker version --format '{{.Server.Version}}')
+  say "docker: $version"
 fi
-say "docker: $(docker version --format '{{.Server.Version}}')"
 
 if id -u @USER@ >/dev/null 2>&1; then
   say "user @USER@: there"
@@ -121,18 +127,16 @@ else
   usermod -aG docker @USER@
   say "group docker: @USER@ added"
 fi
-home=$(getent passwd @USER@ | cut -d: -f6)
-group=$(id -gn @USER@)
-install -d -m 700 -o @USER@ -g "$group" "$home/.ssh"
-keys=$home/.ssh/authorized_keys
-if [ -e "$keys" ] && grep -qxF @KEY@ "$keys"; then
+keys=$(getent passwd @USER@ | cut -d: -f6)/.ssh/authorized_keys
+# As the user: root follows no link that somebody else has put there.
+as_user() { runuser -u @USER@ -- "$@"; }
+as_user mkdir -p -m 700 "${keys%/*}"
+if as_user grep -qsxF -- @KEY@ "$keys"; then
   say "$keys: has the key"
 else
-  printf '%s\\n' @KEY@ >>"$keys"
+  printf '%s\\n' @KEY@ | as_user sh -c 'umask 077; cat >>"$1"' sh "$keys"
   say "$keys: key added"
 fi
-chown @USER@: "$keys"
-chmod 600 "$keys"
 
 put @DOOR_PATH@ 755 <<'FILE'
 @DOOR@FILE

@@ -70,8 +70,9 @@ KNOWN_BAD = (
 )
 
 # Controllers by what they carry; v1 calls the last one blkio.
-# What their own packages give them (Debian's docker.io, containerd and openssh-server).
+# sshd gives itself that; keep (host/keep.py) gives the engine its own, which Debian's docker.io starts with 0.
 PROTECTED_SCORES = {"dockerd": -500, "containerd": -500, "sshd": -1000}
+UNITS = {"dockerd": "docker", "sshd": "ssh"}
 
 REQUIRED_CONTROLLERS = {"cpu": "CPU weights", "memory": "memory ceilings", "pids": "process ceilings"}
 
@@ -202,19 +203,20 @@ def memory_protection(facts: HostFacts) -> Iterator[Line]:
 def oom_scores(scores: Mapping[str, int]) -> Iterator[Line]:
     """Whether the engine and sshd outlive a machine that is out of memory. dev's processes have 1000, prod's 0."""
     for program, score in sorted(scores.items()):
-        if score <= PROTECTED_SCORES[program]:
+        wanted = PROTECTED_SCORES[program]
+        if score <= wanted:
             yield Line(f"OOM score of {program}", Status.OK, str(score))
             continue
         yield Line(
             f"OOM score of {program}",
             Status.WARN,
             f"{score}: it may be killed before a large prod is",
-            f"Write OOMScoreAdjust={PROTECTED_SCORES[program]} into its unit (systemctl edit {program}), or now: "
-            f"choom -n {PROTECTED_SCORES[program]} -p $(pidof {program})",
+            f"Write OOMScoreAdjust={wanted} into its unit (systemctl edit {UNITS.get(program, program)}), or now: "
+            f"choom -n {wanted} -p $(pidof {program})",
         )
 
 
-def disk_ceilings(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Line]:
+def disk_ceilings(ledger: LedgerSettings | None) -> Iterator[Line]:
     """How a best-effort environment is kept from filling the disk."""
     for name, one in ledger.environments.items() if ledger else ():
         if one.tier is not Tier.BEST_EFFORT:
@@ -372,7 +374,7 @@ def examine(root: Path) -> list[Line]:
     lines += [*cgroups(facts), cpu_class(facts), *memory_protection(facts), *io_isolation(facts, ledger)]
     if facts.local:
         lines.append(swap(Path("/proc/meminfo").read_text()))
-    lines += [*oom_scores(facts.scores), *disk_ceilings(facts, ledger)]
+    lines += [*oom_scores(facts.scores), *disk_ceilings(ledger)]
     lines.append(free_disk(facts))
     return [*lines, *(capacity(ledger, facts) if ledger else [])]
 

@@ -31,6 +31,8 @@ VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news")}
 """What runs regularly, and its arguments."""
 EVERY_SECONDS = 50
 """So that what happens just after a look, and is looked at twice, is reported within a minute."""
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PATH\n"
+"""The machine's own programs: a deploy has its Python environment in front, which may go any day."""
 LARGEST_SCRIPT = 120 * 1024
 """The kernel takes 128 KiB in one argument."""
 
@@ -133,6 +135,7 @@ def install(archive: bytes, declared: Mapping[str, Any]) -> str:
     unpack = "import base64, lzma, sys; sys.stdout.buffer.write(lzma.decompress(base64.b64decode(sys.stdin.read())))"
     document = json.dumps(declared, indent=1, sort_keys=True)
     script = (
+        f"{PATH}"
         "command -v python3 >/dev/null || { echo 'python3 is not installed: apt-get install python3' >&2; exit 1; }\n"
         "umask 022\n"
         f"mkdir -p {LIBRARY} {DECLARED}/stacks {STATE}/metrics {RUN}\n"
@@ -166,7 +169,7 @@ def stop() -> str:
 def remove() -> str:
     """Shell text that removes all that the agent has and wrote; folders stay where others keep something in them."""
     return (
-        f"{stop()}"
+        f"{PATH}{stop()}"
         f"rm -rf {LIBRARY} {DECLARED}/host.json {DECLARED}/stacks {STATE}/metrics {RUN}\n"
         f"rm -f {STATE}/verify.json {STATE}/keep.json {STATE}/watch.log {STATE}/watch.log.1\n"
         "if [ -d /run/systemd/system ]; then\n"

@@ -51,7 +51,13 @@ def script(facts: HostFacts) -> str:
 
 def speed(printed: str | None) -> Mapping[str, int] | None:
     """What the program printed, as speeds; None with a warning in the deploy's output where it gave a reason."""
-    told = json.loads(printed or "{}")
+    try:
+        told = json.loads(printed or "{}")
+    except ValueError:
+        raise pulumi.RunError(
+            f"The host's python3 printed no measurement of the disk, but: {printed}. "
+            "See that it runs there without printing anything of its own: python3 -c pass"
+        ) from None
     if "why" in told:
         pulumi.log.warn(f"IO is not isolated: {told['why']}")
     return {name: int(told[name]) for name in SPEEDS} if all(name in told for name in SPEEDS) else None

@@ -93,7 +93,7 @@ class Environment(pulumi.ComponentResource):
                         "id": images[key].image_id,
                         "digest": images[key].digest,
                     },
-                    **checked(key, project),
+                    **checked(name, key, project),
                 )
                 for key, service in built.items()
             }
@@ -401,7 +401,7 @@ def awaited(key: str, project: compose.Project) -> bool:
     )
 
 
-def checked(key: str, project: compose.Project) -> dict[str, Any]:
+def checked(environment: str, key: str, project: compose.Project) -> dict[str, Any]:
     """What is compared of a service's containers on the host, as the engine shows it: networks, limits, how it ends.
 
     `memory` in bytes; None is no limit. `completes`: it is as it should be once it has ended well.
@@ -411,7 +411,7 @@ def checked(key: str, project: compose.Project) -> dict[str, Any]:
     own = [service.network_mode] if service.network_mode in ("none", "host", "bridge") else []
     return {
         "networks": sorted(
-            [*own, *(engine_name(project.environment, name, project.networks[name]) for name in service.networks)]
+            [*own, *(engine_name(environment, name, project.networks[name]) for name in service.networks)]
         ),
         "memory": None if limit.memory is None else limit.memory // MIB * MIB,
         "cpus": limit.cpus,

@@ -102,10 +102,8 @@ def effective_files(args: SliceArgs, speed: Speed | None = None) -> Mapping[str,
     if args.facts.cgroup_driver != "systemd":
         shown = {path_of(parent, one.file): one.shown for one in cgroupfs_settings(args, speed)}
     elif args.facts.cgroup_version == 2:
-        # systemd scales BFQ's weight in its own way, so that file is not foretold.
         folder = f"{CGROUPS}/bulkhead.slice"
-        settings = [one for one in v2_settings(args, speed) if one.file != "io.bfq.weight"]
-        shown = {f"{folder}/{parent}/{one.file}": one.shown for one in settings}
+        shown = {f"{folder}/{parent}/{one.file}": one.shown for one in v2_settings(args, speed)}
         if args.environment.tier is Tier.PROTECTED:
             kept = str(pages(protected(args.ledger, "memory")))
             shown |= {
@@ -337,7 +335,7 @@ def io_properties(args: SliceArgs, speed: Speed | None) -> dict[str, str]:
         return {}
     properties = {"IOAccounting": "yes"}
     if args.facts.io in IO_WEIGHTS:
-        properties["IOWeight"] = str(IO_WEIGHT[args.environment.tier])  # systemd turns it into BFQ's scale
+        properties["IOWeight"] = str(IO_WEIGHT[args.environment.tier])  # systemd writes it to BFQ too, on its scale
     limits = io_limits(args, speed)
     for name, key in zip(SPEEDS, IO_PROPERTIES, strict=True):
         properties[key] = f"/dev/{args.facts.device.name} {limits[name] if limits else 'infinity'}"

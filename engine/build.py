@@ -111,6 +111,16 @@ COMPONENTS = (
     Component("command", "pulumi-resource-command", ".", plugin="1.2.1"),
 )
 
+# No part of the engine: built on demand, and used from the cache.
+TOOLS = (
+    Component(
+        "vegeta",
+        "vegeta",
+        "github.com/tsenart/vegeta/v12",
+        stamps={"main.Version": "v12.13.0"},
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -148,6 +158,19 @@ def ensure(home: Path, cache: Path, say: Say = print) -> Engine:
     if not engine:
         raise EngineError(f"The engine in {home} is not complete. Remove that folder and run the set-up again.")
     return engine
+
+
+def tool(name: str, cache: Path, say: Say = print) -> Path:
+    """One of `TOOLS`, built into the cache if it is not there. Raises EngineError with the next step."""
+    component = next(one for one in TOOLS if one.name == name)
+    cache = cache.absolute()
+    part = cache / f"engine-{name}-{component.fingerprint()}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with lock(cache / "engine.lock", say):
+        if not part.is_dir():
+            Builder.prepare(cache, [component], say).build(component, part, "1 of 1")
+            prune(cache, component, keep=part)
+    return part / component.binary
 
 
 # --- what is there
@@ -324,7 +347,8 @@ class Builder:
         """Finds or installs Go and looks at the disk, before minutes of building."""
         go = find_go(cache, say)
         names = ", ".join(component.name for component in components)
-        say(f"engine: building from source, once for this machine: {names} (about 8 minutes for all on 2 cores)")
+        long = " (about 8 minutes for all on 2 cores)" if components[0] in COMPONENTS else ""
+        say(f"engine: building from source, once for this machine: {names}{long}")
         caches = output([str(go), "env", "GOCACHE", "GOMODCACHE"], environment=go_environment()).split("\n")
         for folder in {cache, *(Path(line) for line in caches if line)}:
             check_space(folder)
@@ -542,12 +566,13 @@ def check(cache: Path, say: Say) -> None:
     """`go vet` and `go test` in every module, each in the folder that it is built in."""
     cache.mkdir(parents=True, exist_ok=True)
     builder = Builder(find_go(cache, say), cache, say)
-    for number, component in enumerate(COMPONENTS, start=1):
+    components = (*COMPONENTS, *TOOLS)
+    for number, component in enumerate(components, start=1):
         with tempfile.TemporaryDirectory(dir=cache, prefix=f"building-{component.name}-") as temporary:
             folder = builder.sources(component, Path(temporary))
             for verb in ("vet", "test"):
                 tags = ["-tags", component.tags] if component.tags else []
-                builder.run([verb, *tags, "./..."], folder, component, f"{number} of {len(COMPONENTS)}")
+                builder.run([verb, *tags, "./..."], folder, component, f"{number} of {len(components)}")
             say((cache / f"engine-{component.name}.log").read_text().rstrip())
 
 

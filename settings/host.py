@@ -39,7 +39,6 @@ class Disk(Frozen):
     size: int
     schedulers: tuple[str, ...]
     iocost: bool = False
-    quota: bool = False
 
     @property
     def weights(self) -> Literal["iocost", "bfq", ""]:

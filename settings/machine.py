@@ -23,7 +23,7 @@ def read(data_root: Path) -> dict[str, Any]:
 
     `disk` is None where the data root's file system stands on no block device (overlay, zfs), else `number` (MAJ:MIN
     of the whole disk), `name` and `size` (bytes) of the device whose throttle holds for the file system, `schedulers`
-    of the disks below it, `iocost` if it is on for all of them, and `quota` if the mount has project quotas.
+    of the disks below it, and `iocost` if it is on for all of them.
     """
     folder = existing(data_root)
     device = whole(folder)
@@ -41,7 +41,6 @@ def read(data_root: Path) -> dict[str, Any]:
             "size": int((device / "size").read_text()) * 512,
             "schedulers": sorted({scheduler(disk) or "" for disk in below}),
             "iocost": all(iocost(disk) for disk in below),
-            "quota": bool({"prjquota", "pquota"} & options(mount_of(folder))),
         },
     }
 
@@ -126,32 +125,17 @@ def measured(file: Path = MEASURED) -> dict[str, Any] | None:
 
 
 def scores(proc: Path = Path("/proc")) -> dict[str, int]:
-    """The OOM score of each of GUARDS that runs: of those that are nobody's child of the same name, the highest.
-
-    A session's sshd is a child of the one that listens, and has given its protection up on purpose.
-    """
-    names: dict[str, str] = {}
+    """The OOM score of each of GUARDS that runs. The lowest: a session's sshd has given its own up."""
     found: dict[str, int] = {}
     for folder in proc.glob("[0-9]*"):
         try:
-            names[folder.name] = (folder / "comm").read_text().strip()
+            name = (folder / "comm").read_text().strip()
+            if name in GUARDS:
+                score = int((folder / "oom_score_adj").read_text())
+                found[name] = min(found.get(name, score), score)
         except OSError:
             continue  # it has just ended
-    for process, name in names.items():
-        try:
-            if name in GUARDS:
-                parent = (proc / process / "stat").read_text().rpartition(")")[2].split()[1]
-                score = int((proc / process / "oom_score_adj").read_text())
-                if names.get(parent) != name:
-                    found[name] = max(found.get(name, score), score)
-        except OSError:
-            continue
     return found
-
-
-def mount_of(folder: Path) -> Path:
-    """The mount point that a folder is under."""
-    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_mount())
 
 
 def options(mount_point: Path, mounts: Path = Path("/proc/self/mounts")) -> frozenset[str]:

@@ -47,7 +47,7 @@ def labelled(engine: docker.DockerClient, labels: Sequence[str]) -> Mapping[str,
         found["networks"] += engine.networks.list(filters=filters)
         found["volumes"] += engine.volumes.list(filters=filters)
         found["images"] += [image for image in engine.images.list(filters=filters) if image.tags]
-    return found
+    return {kind: list({one.id: one for one in ones}.values()) for kind, ones in found.items()}
 
 
 def groups(environment: str) -> list[Path]:

@@ -121,33 +121,38 @@ class Workspace:
         return {arm.name: arm for arm in found}
 
     def run(self, command: Sequence[str], folder: Path) -> float:
-        """The seconds that a command took. BenchError if it fails.
+        """The seconds that a command took. BenchError if it fails."""
+        return ran(command, folder, self.variables, self._said)
 
-        It runs in a session of its own, so that Ctrl-C reaches this process only. The command then gets one
-        interrupt, at which Pulumi ends in order (at a second one it would leave things half done), and is waited for.
-        """
-        with self._said.open("w") as said:
-            started = time.monotonic()
-            child = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=self.variables,
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = child.wait()
-            except BaseException:
-                _ended(child)
-                raise
-            seconds = time.monotonic() - started
-        if code:
-            lines = ANSI.sub("", self._said.read_text(errors="replace")).splitlines()
-            last = [line for line in lines if line.strip()][-SAID_LINES:]
-            raise BenchError("\n".join([f"{' '.join(command)} (in {folder.name}) ended with code {code}:", *last]))
-        return seconds
+
+def ran(command: Sequence[str], folder: Path, variables: Mapping[str, str], said: Path) -> float:
+    """The seconds that a command took, in `folder`, with what it says in the file `said`. BenchError if it fails.
+
+    It runs in a session of its own, so that Ctrl-C reaches this process only. The command then gets one interrupt, at
+    which Pulumi ends in order (at a second one it would leave things half done), and is waited for.
+    """
+    with said.open("w") as output:
+        started = time.monotonic()
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            _ended(child)
+            raise
+        seconds = time.monotonic() - started
+    if code:
+        lines = ANSI.sub("", said.read_text(errors="replace")).splitlines()
+        last = [line for line in lines if line.strip()][-SAID_LINES:]
+        raise BenchError("\n".join([f"{' '.join(command)} (in {folder.name}) ended with code {code}:", *last]))
+    return seconds
 
 
 def _write(file: Path, document: Mapping[str, Any]) -> None:

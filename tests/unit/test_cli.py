@@ -7,14 +7,17 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cli import deploy, order, plan, previews, pulumi
+from cli import deploy, onhost, order, plan, previews, pulumi
+from cli.agent import Agent
 from cli.order import Stacks
 from cli.previews import Outcome
 from cli.pulumi import Pulumi, PulumiError, Result
@@ -331,6 +334,45 @@ class Recorder(Pulumi):
     def resources(self, stack: str) -> list[dict[str, Any]]:
         return self.state.get(stack, [])
 
+    def outputs(self, stack: str) -> dict[str, Any]:
+        return {"environment": stack}
+
+
+class Host(Agent):
+    """The agent of a host that is not there: it records what it is told, and its proof comes out as told."""
+
+    def __init__(self, declared: Sequence[str] = (), proof: int = 0) -> None:
+        super().__init__(None)
+        self.known, self.proof = set(declared), proof
+        self.told: list[str] = []
+
+    def declared(self) -> frozenset[str]:
+        return frozenset(self.known)
+
+    def declare(self, stack: str, outputs: Mapping[str, Any]) -> None:
+        self.told.append(f"declare {stack}: {outputs}")
+
+    def forget(self, stack: str) -> None:
+        self.told.append(f"forget {stack}")
+
+    @contextmanager
+    def deploying(self, stacks: Sequence[str]) -> Iterator[None]:
+        self.told.append(f"deploying {' '.join(stacks)}")
+        try:
+            yield
+        finally:
+            self.told.append("deployed")
+
+    def run(self, verb: str, *options: str) -> tuple[int, dict[str, Any]]:
+        self.told.append(" ".join([verb, *options]))
+        proof = {"source": "dev-web", "path": "host, TCP", "target": "10.81.0.1", "expected": "blocked", "ok": False}
+        proofs = [proof | {"observed": "connected"}] * self.proof
+        return self.proof, {"paths": 3, "unexpected": self.proof, "proofs": proofs}
+
+
+def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Console) -> int:
+    return deploy.up(pulumi, stacks, pack, Host(), console)
+
 
 TIERS = {"prod": Tier.PROTECTED, "dev": Tier.BEST_EFFORT}
 ALL = Stacks(("host", "prod", "dev"), TIERS)
@@ -351,21 +393,21 @@ def shown(console: Console) -> str:
 
 def test_up_with_nothing_to_change_runs_no_deploy(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [SAME]})
-    assert deploy.up(recorder, ALL, PACK, console) == 0
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 0
     assert recorder.ran == []
     assert sorted(recorder.previewed) == ["dev", "host", "prod"]
 
 
 def test_up_deploys_only_what_differs(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
-    assert deploy.up(recorder, ALL, PACK, console) == 0
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 0
     assert recorder.ran == ["up dev"]
     assert recorder.arguments[-2:] == PACK
 
 
 def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console) -> None:
     recorder = Recorder({}, {})
-    assert deploy.up(recorder, ALL, PACK, console) == 0
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 0
     assert recorder.ran == ["up host", "up prod", "up dev"]
     assert recorder.created == ["host", "prod", "dev"]
 
@@ -373,20 +415,20 @@ def test_the_first_up_deploys_host_then_protected_then_the_rest(console: Console
 def test_a_changed_host_makes_the_environments_looked_at_again(console: Console) -> None:
     broken = Result(255, "error: the host stack promises nothing")
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME, OTHER], "dev": [broken, SAME]})
-    assert deploy.up(recorder, ALL, PACK, console) == 0
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 0
     assert recorder.ran == ["up host", "up prod"]
 
 
 def test_a_violation_stops_a_change_of_host_too(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "prod": [SAME], "dev": [BAD]})
-    assert deploy.up(recorder, ALL, PACK, console) == 1
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 1
     assert recorder.ran == []
     assert "nothing was changed" in shown(console)
 
 
 def test_a_change_of_host_is_not_applied_by_the_way(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [OTHER], "dev": [OTHER]})
-    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, console) == 1
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, Host(), console) == 1
     assert recorder.ran == []
     assert "make up ENV=host" in shown(console)
 
@@ -395,7 +437,7 @@ CONTAINER = {"type": deploy.CONTAINER, "urn": "urn::c", "custom": True, "id": "c
 KEPT = {"type": deploy.VOLUME, "urn": "urn::v", "custom": True, "id": "v", "protect": True}
 
 
-@pytest.mark.parametrize("command", [deploy.up, deploy.preview])
+@pytest.mark.parametrize("command", [up, deploy.preview])
 def test_a_deployed_environment_cannot_vanish_from_the_ledger(command: Any, console: Console) -> None:
     recorder = Recorder({**DEPLOYED, "gone": 3}, {name: [SAME] for name in ("host", "prod", "dev")})
     recorder.state = {"gone": [CONTAINER]}
@@ -404,7 +446,7 @@ def test_a_deployed_environment_cannot_vanish_from_the_ledger(command: Any, cons
     assert recorder.ran == []
 
 
-@pytest.mark.parametrize("command", [deploy.up, deploy.preview])
+@pytest.mark.parametrize("command", [up, deploy.preview])
 def test_a_protected_environment_cannot_lose_its_tier_by_an_edit(command: Any, console: Console) -> None:
     recorder = Recorder(DEPLOYED, {name: [SAME] for name in ("host", "prod", "dev")})
     recorder.state = {"dev": [KEPT]}
@@ -418,7 +460,7 @@ def test_down_asks_for_the_name_of_what_was_deployed_as_protected(console: Conso
     recorder = Recorder(DEPLOYED, {})
     recorder.state = {"dev": [KEPT]}
     with pytest.raises(PulumiError, match=r"dev is protected.*BULKHEAD_CONFIRM=dev"):
-        deploy.down(recorder, Stacks(("dev",), TIERS), {}, None, console)
+        deploy.down(recorder, Stacks(("dev",), TIERS), {}, None, Host(), console)
 
 
 def test_what_was_deployed_can_be_destroyed_whatever_the_checkout_has_of_it(checkout: Path) -> None:
@@ -427,7 +469,7 @@ def test_what_was_deployed_can_be_destroyed_whatever_the_checkout_has_of_it(chec
 
 def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [OTHER], "dev": [BAD]})
-    assert deploy.up(recorder, ALL, PACK, console) == 1
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 1
     assert recorder.ran == []
     assert "remove cpus" in shown(console)
     assert "nothing was changed" in shown(console)
@@ -435,26 +477,82 @@ def test_a_violation_in_one_environment_stops_all_before_anything_is_applied(con
 
 def test_a_failing_host_stops_everything(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [BAD], "prod": [SAME], "dev": [SAME]})
-    assert deploy.up(recorder, ALL, PACK, console) == 1
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 1
     assert recorder.ran == []
 
 
 def test_a_deploy_that_fails_stops_and_names_what_was_not_touched(console: Console) -> None:
     recorder = Recorder({}, {}, fails="prod")
-    assert deploy.up(recorder, ALL, PACK, console) == 1
+    assert deploy.up(recorder, ALL, PACK, Host(), console) == 1
     assert recorder.ran == ["up host", "up prod"]
     assert "not touched: dev" in shown(console)
 
 
 def test_up_of_one_environment_looks_at_host_too(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {"host": [SAME], "dev": [OTHER]})
-    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, console) == 0
+    assert deploy.up(recorder, Stacks(("dev",), TIERS), PACK, Host(), console) == 0
     assert recorder.ran == ["up dev"]
+
+
+def test_the_host_is_told_what_was_deployed_and_the_proof_comes_last(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
+    host = Host(declared=["prod", "dev"])
+    assert deploy.up(recorder, ALL, PACK, host, console) == 0
+    assert host.told == ["deploying host prod dev", "declare dev: {'environment': 'dev'}", "deployed", "prove"]
+
+
+def test_what_the_host_does_not_know_yet_is_told_also_without_a_change(console: Console) -> None:
+    host = Host(declared=["dev"])
+    assert deploy.up(Recorder(DEPLOYED, {name: [SAME] for name in DEPLOYED}), ALL, PACK, host, console) == 0
+    assert "declare prod: {'environment': 'prod'}" in host.told
+    assert not [line for line in host.told if line.startswith("declare dev")]
+
+
+def test_after_a_deploy_that_failed_the_host_knows_what_came_before_it_and_nothing_is_proved(console: Console) -> None:
+    host = Host()
+    assert deploy.up(Recorder({}, {}, fails="dev"), ALL, PACK, host, console) == 1
+    assert host.told == ["deploying host prod dev", "declare prod: {'environment': 'prod'}", "deployed"]
+
+
+def test_a_proof_that_fails_fails_the_deploy_and_shows_the_path(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {name: [SAME] for name in DEPLOYED})
+    assert deploy.up(recorder, ALL, PACK, Host(proof=1), console) == 1
+    assert "host, TCP" in shown(console)
+    assert "1 unexpected" in shown(console)
+
+
+def test_the_host_forgets_what_was_destroyed_and_its_own_agent_goes_with_it(console: Console) -> None:
+    host = Host()
+    assert deploy.down(Recorder(DEPLOYED, {}), ALL, {"BULKHEAD_CONFIRM": "prod"}, never, host, console) == 0
+    assert host.told == [
+        *("deploying dev", "forget dev", "deployed"),
+        *("deploying prod", "forget prod", "deployed"),
+    ]
+
+
+def test_a_host_that_cannot_be_told_names_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 255, b"", b"ssh: connect to host one port 22: Connection refused\n")
+    monkeypatch.setattr(onhost, "run", lambda *_, **__: failed)
+    with pytest.raises(PulumiError, match=r"Connection refused. Next step: make doctor"):
+        Agent("ssh://deploy@one").declared()
+    with pytest.raises(PulumiError, match=r"prove: ssh: connect"):
+        Agent("ssh://deploy@one").run("prove")
+
+
+def test_the_firewall_s_counters_are_read_from_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [
+        {"table": {"name": "bulkhead"}},
+        {"rule": {"chain": "from_dev", "comment": "to the host", "expr": [{"counter": {"packets": 3, "bytes": 180}}]}},
+        {"rule": {"chain": "from_dev", "expr": [{"accept": None}]}},
+    ]
+    done = subprocess.CompletedProcess([], 0, json.dumps({"nftables": rules}).encode(), b"")
+    monkeypatch.setattr(onhost, "run", lambda *_, **__: done)
+    assert Agent(None).firewall() == [{"chain": "from_dev", "rule": "to the host", "packets": 3, "bytes": 180}]
 
 
 def test_an_environment_without_a_settings_file_is_said(console: Console) -> None:
     recorder = Recorder({}, {})
-    deploy.up(recorder, Stacks(("host",), TIERS, ("staging",)), PACK, console)
+    deploy.up(recorder, Stacks(("host",), TIERS, ("staging",)), PACK, Host(), console)
     assert "Pulumi.staging.yaml is missing" in shown(console)
 
 
@@ -487,7 +585,7 @@ def never(_: str) -> str:
 
 def test_down_destroys_in_reverse_order_and_keeps_protected_resources(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {})
-    assert deploy.down(recorder, ALL, {"BULKHEAD_CONFIRM": "prod"}, never, console) == 0
+    assert deploy.down(recorder, ALL, {"BULKHEAD_CONFIRM": "prod"}, never, Host(), console) == 0
     assert recorder.ran == ["destroy dev", "destroy prod", "destroy host"]
     assert "--exclude-protected" in recorder.arguments
 
@@ -513,13 +611,13 @@ def test_a_protected_environment_needs_its_name(
 def test_an_unconfirmed_protected_environment_keeps_everything_from_being_destroyed(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {})
     with pytest.raises(PulumiError, match="BULKHEAD_CONFIRM=prod"):
-        deploy.down(recorder, ALL, {}, lambda _: "no", console)
+        deploy.down(recorder, ALL, {}, lambda _: "no", Host(), console)
     assert recorder.ran == []
 
 
 def test_a_best_effort_environment_is_destroyed_without_asking(console: Console) -> None:
     recorder = Recorder(DEPLOYED, {})
-    assert deploy.down(recorder, Stacks(("dev",), TIERS), {}, never, console) == 0
+    assert deploy.down(recorder, Stacks(("dev",), TIERS), {}, never, Host(), console) == 0
     assert recorder.ran == ["destroy dev"]
 
 
@@ -527,15 +625,15 @@ def test_host_stays_while_an_environment_has_containers(console: Console) -> Non
     recorder = Recorder(DEPLOYED, {})
     recorder.state = {"dev": [{"type": deploy.CONTAINER}], "prod": [{"type": deploy.VOLUME}]}
     with pytest.raises(PulumiError, match="make down ENV=dev"):
-        deploy.down(recorder, Stacks(("host",), TIERS), {}, never, console)
+        deploy.down(recorder, Stacks(("host",), TIERS), {}, never, Host(), console)
     assert recorder.ran == []
     recorder.state = {"prod": [{"type": deploy.VOLUME}]}  # what prod keeps needs no slice
-    assert deploy.down(recorder, Stacks(("host",), TIERS), {}, never, console) == 0
+    assert deploy.down(recorder, Stacks(("host",), TIERS), {}, never, Host(), console) == 0
 
 
 def test_what_is_not_deployed_is_not_destroyed(console: Console) -> None:
     recorder = Recorder({"host": 0}, {})
-    assert deploy.down(recorder, ALL, {}, never, console) == 0
+    assert deploy.down(recorder, ALL, {}, never, Host(), console) == 0
     assert recorder.ran == []
     assert "Nothing is deployed" in shown(console)
 

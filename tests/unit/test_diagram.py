@@ -21,6 +21,10 @@ def service(name: str, replicas: int = 1, health: str = "healthy", build: str = 
         "containers": [f"{number:064x}" for number in range(1, replicas + 1)],
         "health": health,
         "image": {"name": f"bulkhead/{name}:{build}", "id": f"sha256:{1:064x}", "digest": f"sha256:{1:064x}"},
+        "networks": ["prod-backend"],
+        "memory": 256 * 2**20,
+        "restart": "unless-stopped",
+        "completes": False,
     }
 
 
@@ -56,6 +60,7 @@ OUTPUTS: dict[str, Any] = {
             "cgroup_driver": "cgroupfs",
             "cgroup_version": 1,
         },
+        "firewall": {"family": "inet", "table": "bulkhead", "environments": ["dev", "prod"]},
         "environments": {
             name: {
                 "tier": tier,

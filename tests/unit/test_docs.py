@@ -14,7 +14,7 @@ import pulumi
 import pytest
 from pulumi.runtime.mocks import MockMonitor
 
-from settings.host import HostFacts
+from settings.host import Disk, HostFacts
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -34,6 +34,9 @@ VOLUME = "docker:index/volume:Volume"
 IMAGE = "docker:index/remoteImage:RemoteImage"
 
 
+SPEED = {"read_bps": 800_000_000, "write_bps": 400_000_000, "read_iops": 30_000, "write_iops": 20_000}
+
+
 class Engine(pulumi.runtime.Mocks):
     """Records what would be registered, as `type::name`. `references`: outputs of other stacks."""
 
@@ -46,7 +49,7 @@ class Engine(pulumi.runtime.Mocks):
         digest = hashlib.sha256(args.name.encode()).hexdigest()
         told: dict[str, Any] = {"imageId": f"sha256:{digest}"} if args.typ == IMAGE else {}
         if args.typ == "command:local:Command":
-            told = {"stdout": digest}
+            told = {"stdout": json.dumps(SPEED) if args.name.startswith("device") else digest}
         if args.typ == "pulumi:pulumi:StackReference":
             told = {"outputs": self.references.get(args.name.rpartition("/")[2], {}), "secretOutputNames": []}
         return digest, dict(args.inputs) | told
@@ -95,11 +98,26 @@ def run(program: Callable[[], object], stack: str = "docs", references: Mapping[
 
 def slice_(ran: Ran) -> None:
     script = ran.all(COMMAND)["dev-cgroup-local"]["create"]
-    group = "/sys/fs/cgroup/bulkhead-dev"
-    assert f"echo '1' > {group}/cpu.weight" in script
-    assert f"echo '{4 * 1024**3}' > {group}/memory.max" in script
-    assert f"echo '0' > {group}/memory.swap.max" in script
-    assert f"echo '4096' > {group}/pids.max" in script
+    memory = int(FACTS.memory * 0.3) // 4096 * 4096
+    for line in ("CPUWeight=idle", f"MemoryMax={memory}", "MemorySwapMax=0", "TasksMax=4096"):
+        assert line in script.splitlines()
+
+
+def device(ran: Ran) -> None:
+    script = ran.all(COMMAND)["device-speed-local"]["create"]
+    assert script.startswith(f"python3 - /var/lib/docker 8:0 {10**12} <<")
+
+
+def firewall(ran: Ran) -> None:
+    script = ran.all(COMMAND)["firewall-table-local"]["create"]
+    assert "ip saddr 10.82.0.0/16 jump from_dev" in script
+    assert "nft --check --file" in script
+
+
+def agent(ran: Ran) -> None:
+    script = ran.all(COMMAND)["agent-program-local"]["create"]
+    assert "/usr/local/lib/bulkhead/host.pyz" in script
+    assert '"cgroup_parent": "/bulkhead-dev"' in script
 
 
 def promises(ran: Ran) -> None:
@@ -184,6 +202,9 @@ def host_command(ran: Ran) -> None:
 
 REGISTERS: dict[str, Callable[[Ran], None]] = {
     "Slice": slice_,
+    "Device": device,
+    "Firewall": firewall,
+    "Agent": agent,
     "Promises": promises,
     "Network": network,
     "Volume": volume,
@@ -199,6 +220,7 @@ REGISTERS: dict[str, Callable[[Ran], None]] = {
 @pytest.mark.parametrize("component", REGISTERS)
 def test_the_example_registers_what_its_text_says(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("settings.host.facts", lambda _: FACTS)
     program = compile(EXAMPLES[component], "docs/components.md", "exec")
     REGISTERS[component](run(lambda: exec(program, {"__name__": "__main__"})))  # noqa: S102 - our own pages
 
@@ -228,6 +250,10 @@ FACTS = HostFacts(
     live_restore=True,
     kernel="6.1.0",
     system="Debian GNU/Linux 12 (bookworm)",
+    systemd=252,
+    controllers=frozenset({"cpu", "memory", "pids", "io"}),
+    recursive_memory=True,
+    device=Disk(number="8:0", name="sda", size=10**12, schedulers=("mq-deadline",)),
 )
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from cli import doctor
 from cli.doctor import Line, Status
-from settings import host
+from settings import host, machine
 from settings.errors import SettingsError
-from settings.host import HostFacts
+from settings.host import Disk, HostFacts
 from settings.ledger import LedgerSettings
 
 GIB = 2**30
@@ -75,95 +75,120 @@ def status(lines: object) -> dict[str, Status]:
     return {line.name: line.status for line in lines}  # type: ignore[attr-defined]
 
 
+CONTROLLERS = frozenset({"cpu", "memory", "pids", "io"})
+DISK = Disk(number="8:0", name="sda", size=10**12, schedulers=("mq-deadline",))
+MEASURED = {"device": "8:0", "at": "2026-01-02T03:04:05+00:00", "read_bps": 500_000_000, "write_bps": 400_000_000}
+
+
+def facts(**changed: object) -> HostFacts:
+    """A machine that lacks nothing but what is changed."""
+    lacking = {
+        "controllers": CONTROLLERS,
+        "device": DISK,
+        "recursive_memory": True,
+        "systemd": 252,
+        "measured": MEASURED,
+    }
+    return FACTS.model_copy(update=lacking | changed)
+
+
 def test_missing_controllers_are_required_except_io() -> None:
-    lines = status(doctor.cgroups(FACTS, frozenset({"cpu", "memory"})))
+    lines = status(doctor.cgroups(facts(controllers=frozenset({"cpu", "memory"}))))
     assert lines["cgroup pids"] is Status.MISSING
     assert lines["cgroup io"] is Status.WARN
     assert lines["cgroup cpu"] is Status.OK
 
 
 def test_v1_calls_the_io_controller_blkio() -> None:
-    facts = FACTS.model_copy(update={"cgroup_version": 1, "cgroup_driver": "cgroupfs"})
-    lines = status(doctor.cgroups(facts, frozenset({"cpu", "memory", "pids", "blkio"})))
+    v1 = facts(cgroup_version=1, cgroup_driver="cgroupfs", controllers=frozenset({"cpu", "memory", "pids", "blkio"}))
+    lines = status(doctor.cgroups(v1))
     assert set(lines.values()) == {Status.OK}
     assert "cgroup blkio" in lines
 
 
 def test_a_driver_without_slices_is_missing() -> None:
-    facts = FACTS.model_copy(update={"cgroup_driver": "none"})
-    assert status(doctor.cgroups(facts, frozenset()))["cgroup driver"] is Status.MISSING
+    assert status(doctor.cgroups(facts(cgroup_driver="none")))["cgroup driver"] is Status.MISSING
 
 
-def test_controllers_of_another_machine_are_said_to_be_unread() -> None:
-    assert status(doctor.cgroups(FACTS, None))["cgroup controllers"] is Status.WARN
+def test_a_machine_that_cannot_be_read_is_said_to_be_unread() -> None:
+    unread = facts(controllers=None, device=None)
+    assert status(doctor.cgroups(unread))["cgroup controllers"] is Status.WARN
+    (line,) = doctor.io_isolation(unread, None)
+    assert line.found.startswith("not read")
 
 
-def test_controllers_are_read_from_both_versions(tmp_path: Path) -> None:
-    for name in ("cpu,cpuacct", "memory"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "cgroup.procs").touch()
-    assert doctor.controllers(tmp_path) == {"cpu", "cpuacct", "memory"}
-    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
-    assert doctor.controllers(tmp_path) == {"cpuset", "cpu", "io", "memory", "pids"}
+IO_LEDGER = """\
+config:
+  bulkhead:environments:
+    prod: {{tier: protected, subnet: 10.81.0.0/16, reservations: {{cpus: 50%, memory: 50%}}}}
+    dev: {{tier: best-effort, subnet: 10.82.0.0/16, limits: {{memory: 20%{more}}}}}
+"""
+
+
+def io_ledger(tmp_path: Path, more: str = "") -> LedgerSettings:
+    file = tmp_path / "Pulumi.host.yaml"
+    file.write_text(IO_LEDGER.format(more=more))
+    return LedgerSettings.read(file)
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "iocost", "expected"),
+    ("changed", "expected", "words"),
     [
-        ("bfq", False, Status.OK),
-        ("none", True, Status.OK),
-        ("mq-deadline", False, Status.WARN),
-        ("none", False, Status.WARN),
-        (None, False, Status.WARN),
+        ({}, Status.OK, "ceilings of 500 MB/s read and 400 MB/s written, measured 2026-01-02: dev 50%"),
+        ({"device": DISK.model_copy(update={"schedulers": ("bfq",)})}, Status.OK, "by weights (bfq)"),
+        ({"device": DISK.model_copy(update={"iocost": True})}, Status.OK, "by weights (iocost)"),
+        ({"device": DISK.model_copy(update={"schedulers": ("bfq", "none")})}, Status.OK, "by ceilings"),
+        ({"measured": None}, Status.WARN, "none yet; the next make up measures the disk"),
+        ({"measured": MEASURED | {"device": "8:16"}}, Status.WARN, "none yet"),
+        ({"device": None}, Status.WARN, "none: the engine's data is on no block device"),
+        ({"controllers": frozenset({"cpu"})}, Status.WARN, "none: the kernel has no IO controller"),
+        (
+            {"cgroup_version": 1, "controllers": frozenset({"blkio"})},
+            Status.WARN,
+            "only direct IO and reads are held, not writes through the page cache",
+        ),
     ],
 )
-def test_io_weights_need_bfq_or_iocost(scheduler: str | None, iocost: bool, expected: Status) -> None:
-    line = doctor.io_weights("sda", scheduler, iocost)
+def test_how_io_is_isolated_is_said(tmp_path: Path, changed: dict[str, object], expected: Status, words: str) -> None:
+    (line,) = doctor.io_isolation(facts(**changed), io_ledger(tmp_path))
     assert line.status is expected
-    assert ("no effect" in line.found) == (expected is Status.WARN)
+    assert words in line.found
+    assert line.remedy or expected is Status.OK
 
 
-def block(sys: Path, name: str, *, number: str, active: str = "[none] bfq") -> Path:
-    disk = sys / "devices" / name
-    (disk / "queue").mkdir(parents=True)
-    (disk / "queue" / "scheduler").write_text(active)
-    (disk / "dev").write_text(number)
-    return disk
+def test_ceilings_that_leave_the_others_nothing_are_a_warning(tmp_path: Path) -> None:
+    (line,) = doctor.io_isolation(facts(), io_ledger(tmp_path, ", io: 100%"))
+    assert line.status is Status.WARN
+    assert "dev 100%, which leaves the others nothing" in line.found
+    assert line.remedy.startswith("Lower limits.io")
 
 
-def link(sys: Path, folder: Path, device: Path) -> None:
-    number = folder.stat().st_dev
-    (sys / "dev" / "block").mkdir(parents=True)
-    (sys / "dev" / "block" / f"{os.major(number)}:{os.minor(number)}").symlink_to(device)
+def test_the_idle_class_needs_a_recent_kernel_and_a_recent_systemd() -> None:
+    assert doctor.cpu_class(facts()).status is Status.OK
+    assert doctor.cpu_class(facts(kernel="5.10.0-26-amd64")).status is Status.WARN
+    assert doctor.cpu_class(facts(systemd=249)).status is Status.WARN
+    assert doctor.cpu_class(facts(systemd=0, cgroup_driver="cgroupfs")).status is Status.OK
 
 
-def test_the_disk_of_a_partition_is_found(tmp_path: Path) -> None:
-    disk = block(tmp_path, "sda", number="8:0", active="none [bfq]")
-    (disk / "sda1").mkdir()
-    (disk / "sda1" / "partition").write_text("1")
-    link(tmp_path, tmp_path, disk / "sda1")
-    assert doctor.disks(tmp_path, tmp_path) == [disk]
-    assert doctor.scheduler(disk) == "bfq"
+def test_protection_that_stops_at_the_slice_is_a_warning() -> None:
+    assert list(doctor.memory_protection(facts())) == []
+    (line,) = doctor.memory_protection(facts(recursive_memory=False))
+    assert "memory_recursiveprot" in line.remedy
+    assert list(doctor.memory_protection(facts(recursive_memory=False, cgroup_version=1))) == []
 
 
-def test_the_disks_under_a_logical_volume_are_found(tmp_path: Path) -> None:
-    disks = [block(tmp_path, name, number=number) for name, number in (("sda", "8:0"), ("sdb", "8:16"))]
-    volume = tmp_path / "devices" / "dm-0"
-    (volume / "slaves").mkdir(parents=True)
-    for disk in disks:
-        (volume / "slaves" / disk.name).symlink_to(disk)
-    link(tmp_path, tmp_path, volume)
-    assert sorted(doctor.disks(tmp_path, tmp_path)) == disks
+def test_programs_that_could_be_killed_first_are_named_with_their_unit() -> None:
+    engine, sshd = doctor.oom_scores({"sshd": -1000, "dockerd": 0})
+    assert (engine.status, sshd.status) == (Status.WARN, Status.OK)
+    assert "OOMScoreAdjust=-500" in engine.remedy
+    assert "systemctl edit docker)" in engine.remedy
 
 
-def test_a_file_system_without_a_device_has_no_disk(tmp_path: Path) -> None:
-    assert doctor.disks(tmp_path, tmp_path) == []
-
-
-def test_iocost_is_on_only_for_its_own_disk(tmp_path: Path) -> None:
-    (tmp_path / "io.cost.qos").write_text("8:16 enable=1 ctrl=auto\n8:0 enable=0\n")
-    sda, sdb = (block(tmp_path, name, number=number) for name, number in (("sda", "8:0"), ("sdb", "8:16")))
-    assert [doctor.iocost(disk, tmp_path) for disk in (sda, sdb)] == [False, True]
+def test_a_best_effort_environment_without_a_disk_ceiling_is_a_warning(tmp_path: Path) -> None:
+    (none,) = doctor.disk_ceilings(io_ledger(tmp_path))
+    (limited,) = doctor.disk_ceilings(io_ledger(tmp_path, ", disk: 10%"))
+    assert (none.status, limited.status) == (Status.WARN, Status.OK)
+    assert (none.name, limited.name) == ("disk of dev", "disk of dev")
 
 
 def test_swap_is_a_warning_and_its_absence_is_not() -> None:
@@ -280,22 +305,26 @@ def test_an_engine_that_cannot_be_asked_names_the_next_step(address: str, messag
 SSH = """\
 #!/bin/sh
 case "$*" in
-  *"docker info"*df*boot_id) echo '{"ServerVersion": "28.3.3", "NCPU": 4, "MemTotal": 1024,
+  *"docker info"*df*boot_id*"python3 -"*) echo '{"ServerVersion": "28.3.3", "NCPU": 4, "MemTotal": 1024,
     "DockerRootDir": "/srv/docker", "CgroupDriver": "systemd", "CgroupVersion": "2", "KernelVersion": "6.1",
-    "OperatingSystem": "Debian"}'; printf '1B-blocks Avail\\n 1000 400\\n'; echo 7f3a ;;
+    "OperatingSystem": "Debian"}'; printf '1B-blocks Avail\\n 1000 400\\n'; echo 7f3a; {python} ;;
   *) exit 9 ;;
 esac
 """
 
 
-def test_a_remote_engine_is_asked_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ssh").write_text(SSH)
+@pytest.mark.parametrize(("python", "read"), [("python3 - /", True), ("echo null", False)])
+def test_a_remote_engine_is_asked_over_ssh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str, read: bool
+) -> None:
+    (tmp_path / "ssh").write_text(SSH.replace("{python}", python))
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     facts = host.facts("ssh://me@box")
     assert facts.capacity() == {"cpus": 4, "memory": 1024, "disk": 1000}
     assert (facts.disk_free, facts.cgroup_driver, facts.cgroup_version) == (400, "systemd", 2)
     assert facts.boot == "7f3a"
+    assert facts.controllers == (machine.controllers() if read else None)
     assert not facts.local
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from settings.errors import SettingsError
 from settings.ledger import (
+    DEFAULT_IO,
     DEFAULT_PIDS,
     RESOURCES,
     Budget,
@@ -55,7 +56,7 @@ def test_percentages_become_amounts_of_the_asked_capacity(tmp_path: Path) -> Non
     assert resolved.system == Budget(cpus=0.6, memory=16 * GiB // 10)
     assert resolved.environment("prod").reservations == Budget(cpus=7.2, memory=8 * GiB)
     assert resolved.environment("prod").limits is None
-    assert resolved.environment("dev").limits == Budget(cpus=12.0, memory=16 * GiB * 3 // 10, pids=512)
+    assert resolved.environment("dev").limits == Budget(cpus=12.0, memory=16 * GiB * 3 // 10, pids=512, io=0.5)
     assert resolved.environment("dev").reservations is None
     assert resolved.host is None
 
@@ -82,6 +83,14 @@ def test_a_best_effort_environment_without_pids_gets_the_default_ceiling(tmp_pat
     limits = ledger(VALID.replace(", pids: 512", ""), tmp_path).environment("dev").limits
     assert limits is not None
     assert limits.pids == DEFAULT_PIDS
+
+
+def test_a_best_effort_environment_gets_half_of_the_disks_speed_or_what_is_written(tmp_path: Path) -> None:
+    written = ledger(VALID.replace("pids: 512", "pids: 512, io: 12.5%"), tmp_path).environment("dev").limits
+    default = ledger(VALID, tmp_path).environment("dev").limits
+    assert written is not None
+    assert default is not None
+    assert (written.io, default.io) == (0.125, DEFAULT_IO)
 
 
 def test_cpu_limits_of_best_effort_environments_promise_nothing(tmp_path: Path) -> None:
@@ -180,6 +189,16 @@ REFUSED = {
     "pids that are no number": (
         ("pids: 512", "pids: many"),
         f"Pulumi.host.yaml:6: {ENVIRONMENTS}.dev.limits.pids: 'many': not a whole number. Write digits only.",
+    ),
+    "a speed that is no share": (
+        ("pids: 512", "io: 10MB"),
+        f"Pulumi.host.yaml:6: {ENVIRONMENTS}.dev.limits.io: '10MB': not a share of the disk's speed. "
+        "Write a percentage such as 50%.",
+    ),
+    "a protected environment with a ceiling on IO": (
+        ("memory: 50%}", "memory: 50%}, limits: {io: 50%}"),
+        f"Pulumi.host.yaml:5: {ENVIRONMENTS}.prod: a protected environment's reads and writes have no ceiling. "
+        "Remove limits.io, or lower that of the best-effort environments.",
     ),
     "no pids at all": (
         ("pids: 512", "pids: 0"),

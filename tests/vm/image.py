@@ -26,13 +26,20 @@ FILES = {
     "/etc/hostname": "server\n",
     "/etc/hosts": "127.0.0.1 localhost\n127.0.1.1 server\n::1 localhost\n",
     "/etc/systemd/network/80-wired.network": "[Match]\nName=en*\n[Network]\nDHCP=yes\n",
+    # As a provider does: root's key comes from outside, with the first boot.
+    "/etc/systemd/system/authorized-key.service": (
+        "[Unit]\nBefore=ssh.service\n"
+        "[Service]\nType=oneshot\nExecStart=/bin/sh -euc 'umask 077; mkdir -p /root/.ssh; "
+        'tr " " "\\\\n" < /proc/cmdline | sed -n s/^authorized_key=//p | base64 -d > /root/.ssh/authorized_keys\'\n'
+        "[Install]\nWantedBy=multi-user.target\n"
+    ),
     # What the boot itself needs, and no more: unpacking everything takes an emulated CPU half a minute.
     "/etc/initramfs-tools/conf.d/small": "MODULES=list\n",
     "/etc/initramfs-tools/modules": "virtio_pci\nvirtio_blk\next4\n",
 }
 COMMANDS = (
     "update-initramfs -u",
-    "systemctl enable systemd-networkd ssh docker",
+    "systemctl enable systemd-networkd ssh docker authorized-key",
     # They would reach for the network, and take CPU from what is tested.
     "systemctl mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer fstrim.timer serial-getty@ttyS0.service",
     "passwd --lock root",
@@ -41,18 +48,27 @@ COMMANDS = (
 )
 SIZE = "8G"  # of the file system; the file is sparse and takes what is in it
 NEEDED_BYTES = 3 * 2**30  # the folder and the disk, while it is made
-REVISION = "1"  # of how the parts below are put together
+REVISION = "2"  # of how the parts below are put together
 
 
 @dataclass(frozen=True)
 class Image:
-    """The files of a disk that nobody has booted yet. `host_key`: the server's public key, `type key`."""
+    """The files of a disk. `host_key`: the server's public key, `type key`.
+
+    `layer`: what was done to the disk since, as a qcow2 file on top of it.
+    """
 
     folder: Path
+    layer: Path | None = None
 
     @property
     def disk(self) -> Path:
         return self.folder / "root.ext4"
+
+    @property
+    def base(self) -> tuple[str, Path]:
+        """Format and file that an overlay is made of."""
+        return ("qcow2", self.layer) if self.layer else ("raw", self.disk)
 
     @property
     def kernel(self) -> Path:

@@ -1,21 +1,27 @@
 """A virtual server under QEMU, without acceleration: booted from an overlay of the cached disk, reached by ssh on
 loopback and by nothing else, and stopped with whoever started it."""
 
+import base64
 import os
 import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from engine import build
 from tests.vm.image import Image, Say
 
 MEMORY_MIB, CPUS = 3072, 2
 BOOT_SECONDS = 300
 STOP_SECONDS = 30
+POWER_OFF_SECONDS = 180
+LOAD_SECONDS = 1200
 PROGRESS_SECONDS = 15.0
 DEPLOYER = "deploy"
 
@@ -40,10 +46,13 @@ class MachineError(Exception):
 
 
 class Server:
-    """A running machine. `folder`: its disk, console log and ssh configuration; its path must be short (sockets)."""
+    """A running machine. `folder`: its disk, console log and ssh configuration; its path must be short (sockets).
 
-    def __init__(self, folder: Path, image: Image, port: int, say: Say) -> None:
-        self.folder, self.image, self.port, self._say = folder, image, port, say
+    `second`: a file that it has as a disk to read, /dev/vdb.
+    """
+
+    def __init__(self, folder: Path, image: Image, port: int, say: Say, second: Path | None = None) -> None:
+        self.folder, self.image, self.port, self._say, self._second = folder, image, port, say, second
         self._qemu: subprocess.Popen[bytes] | None = None
 
     def url(self, user: str = DEPLOYER) -> str:
@@ -59,6 +68,11 @@ class Server:
     def console(self) -> Path:
         """What the kernel and the service manager say while booting."""
         return self.folder / "console.log"
+
+    @property
+    def overlay(self) -> Path:
+        """All that the machine has written to its disk."""
+        return self.folder / "overlay"
 
     def variables(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
         """`base`, with an `ssh` in front of PATH that has this machine's keys and known hosts, and with no agent."""
@@ -88,17 +102,6 @@ class Server:
         """What a script prints, without the last newline."""
         return self.run(script, user=user).stdout.rstrip("\n")
 
-    def load(self, images: Sequence[str]) -> None:
-        """Copies images of this machine's engine into the server's, which reaches no registry."""
-        self._say(f"virtual machine: loading {', '.join(images)}")
-        with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
-            load = self._ssh("root", "docker load --quiet")
-            # Of its own: the shared connection would be busy with it for as long.
-            load[1:1] = ["-o", "ControlPath=none"]
-            loaded = subprocess.run(load, env=self.variables(), stdin=save.stdout, check=False)
-        if save.returncode or loaded.returncode:
-            raise MachineError(f"docker save {' '.join(images)} | ssh … docker load: failed")
-
     def boot(self) -> None:
         """Starts the machine, and waits until ssh and the engine answer."""
         self._prepare()
@@ -117,6 +120,12 @@ class Server:
         self._disconnect()
         self._wait(previous=before)
 
+    def power_off(self) -> None:
+        """Shuts the machine down in order, so that its overlay can be used."""
+        self.run("systemctl --no-block poweroff")
+        if self._qemu:
+            self._qemu.wait(POWER_OFF_SECONDS)
+
     def boot_id(self) -> str:
         return self.said("cat /proc/sys/kernel/random/boot_id")
 
@@ -132,7 +141,7 @@ class Server:
                 self._qemu.wait()
 
     def _prepare(self) -> None:
-        (self.folder / "bin").mkdir(parents=True)
+        (self.folder / "bin").mkdir()
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bulkhead-test", "-f", self.folder / "key"],
             check=True,
@@ -143,24 +152,26 @@ class Server:
         wrapper = self.folder / "bin" / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/config "$@"\n')
         wrapper.chmod(0o755)
-        overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self.image.disk)]
-        subprocess.run([*overlay, str(self.folder / "overlay")], check=True)
+        kind, base = self.image.base
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", kind, "-b", str(base), str(self.overlay)], check=True
+        )
 
     def _options(self) -> list[str]:
-        # The key of root comes with the kernel's command line; systemd puts it in place before sshd starts.
-        key = self.key.read_text().replace(" ", "\\x20").strip()
+        key = base64.b64encode(self.key.read_bytes()).decode()
         network = f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22"
         return [
             *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(CPUS), "-m", str(MEMORY_MIB)),
             *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
-            *("-append", f"root=/dev/vda rw console=ttyS0 systemd.set_credential=ssh.authorized_keys.root:{key}"),
-            *("-drive", f"file={self.folder / 'overlay'},if=virtio,format=qcow2,cache=unsafe"),
+            *("-append", f"root=/dev/vda rw console=ttyS0 authorized_key={key}"),
+            *("-drive", f"file={self.overlay},if=virtio,format=qcow2,cache=unsafe"),
+            *(("-drive", f"file={self._second},if=virtio,format=raw,readonly=on") if self._second else ()),
             *("-netdev", network, "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
             *("-display", "none", "-monitor", "none", "-serial", f"file:{self.console}"),
         ]
 
     def _ssh(self, user: str, command: str) -> list[str]:
-        options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+        options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
         return [str(self.folder / "bin" / "ssh"), *options, self.url(user), "--", command]
 
     def _disconnect(self) -> None:
@@ -179,7 +190,7 @@ class Server:
             try:
                 answer = self.run(ready, check=False, timeout=60)
                 if answer.returncode == 0 and answer.stdout.strip() not in ("", previous):
-                    self._say(f"virtual machine: ssh and Docker answer after {waited:.0f} s")
+                    self._say(f"virtual machine: ssh and Docker answer after {time.monotonic() - started:.0f} s")
                     return
             except subprocess.TimeoutExpired:
                 pass
@@ -192,14 +203,37 @@ class Server:
 
 
 @contextmanager
-def running(folder: Path, image: Image, say: Say) -> Iterator[Server]:
+def running(folder: Path, image: Image, say: Say, second: Path | None = None) -> Iterator[Server]:
     """A booted server while it lasts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(folder, image, port, say)
+    server = Server(folder, image, port, say, second)
     try:
         server.boot()
         yield server
     finally:
         server.stop()
+
+
+def with_images(image: Image, archive: Path, say: Say) -> Image:
+    """The disk with the container images of a tar, as `docker save` writes it, on the server's engine.
+
+    Kept beside the tar: an emulated CPU takes minutes to load them.
+    """
+    layer = archive.with_name(f"{archive.stem}-on-{image.folder.name}.qcow2")
+    with build.lock(archive.with_name("server.lock"), say):
+        if not layer.exists():
+            part = layer.with_suffix(".part")
+            with (
+                tempfile.TemporaryDirectory(prefix="bulkhead-vm-") as folder,
+                running(Path(folder), image, say, second=archive) as server,
+            ):
+                say("virtual machine: loading container images, once (3 to 5 minutes)")
+                server.run("docker load --quiet < /dev/vdb", timeout=LOAD_SECONDS)
+                server.power_off()
+                shutil.move(server.overlay, part)
+            part.rename(layer)
+            for old in set(layer.parent.glob("images-*.qcow2")) - {layer}:
+                old.unlink()
+    return replace(image, layer=layer)

@@ -1,0 +1,230 @@
+"""Bulkhead deploys from outside to a server as users have it, as a user who is not root; and what it set up there
+survives what happens to servers: a reload of systemd, a restart of the engine, a reboot."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from settings.ssh import DOOR
+from tests.e2e.conftest import Deployment
+from tests.vm.conftest import DEV, ENVIRONMENTS, PROD, outputs
+from tests.vm.machine import DEPLOYER, Server
+
+pytestmark = pytest.mark.vm
+
+PAGE = 4096
+CHANGES = {"installed", "written", "made", "added", "restarted", "enabled", "started"}
+ONE_OF_EACH = {"web": 1, "api": 1, "worker": 1, "db": 1, "cache": 1}
+SERVICES = {PROD: ONE_OF_EACH | {"api": 2}, DEV: ONE_OF_EACH}
+LIMITS = (
+    *("cpu.weight", "cpu.idle", "cpu.max", "pids.max", "io.max"),
+    *("memory.min", "memory.low", "memory.high", "memory.max", "memory.swap.max"),
+)
+HEALTH_SECONDS = 240
+
+# Read in one go: a connection takes longer than all of it.
+CONTAINERS = """
+docker ps --all --no-trunc --filter label=bulkhead.service --format '{{.ID}}' | xargs -r docker inspect --format \
+'{"id":{{json .Id}},"labels":{{json .Config.Labels}},"state":{{json .State}}}' | while read -r line; do
+  pid=$(printf %s "$line" | python3 -c 'import json,sys; print(json.load(sys.stdin)["state"]["Pid"])')
+  printf '%s\\t%s\\n' "$line" "$(cat /proc/$pid/cgroup 2>/dev/null | tail -1)"
+done
+"""
+
+
+def containers(server: Server) -> list[dict[str, Any]]:
+    """The services' containers as the engine has them, with `cgroup`, the group of their first process."""
+    found = []
+    for line in server.said(CONTAINERS).splitlines():
+        inspected, _, cgroup = line.partition("\t")
+        one = json.loads(inspected) | {"cgroup": cgroup.removeprefix("0::")}
+        if "bulkhead.files" not in one["labels"]:  # a carrier of secrets never runs
+            found.append(one)
+    return found
+
+
+def healthy(server: Server) -> list[dict[str, Any]]:
+    """The containers, once all of them say that they are healthy."""
+    deadline = time.monotonic() + HEALTH_SECONDS
+    while True:
+        found = containers(server)
+        counts: dict[str, dict[str, int]] = {name: {} for name in ENVIRONMENTS}
+        for one in found:
+            if one["state"].get("Health", {}).get("Status") == "healthy":
+                mine = counts[one["labels"]["bulkhead.environment"]]
+                mine[one["labels"]["bulkhead.service"]] = mine.get(one["labels"]["bulkhead.service"], 0) + 1
+        if counts == SERVICES:
+            return found
+        assert time.monotonic() < deadline, counts
+        time.sleep(5)
+
+
+def unit(server: Server, name: str, *properties: str) -> dict[str, str]:
+    """Properties of a unit, as systemd has them in force."""
+    shown = server.said(f"systemctl show {name} --property={','.join(properties)}")
+    return dict(line.partition("=")[::2] for line in shown.splitlines())
+
+
+def slices(server: Server) -> Mapping[str, str]:
+    """Every limit of Bulkhead's slices and of the system's, as the kernel has it, by file."""
+    listed = server.said(
+        "cd /sys/fs/cgroup\n"
+        "for group in system.slice bulkhead.slice bulkhead.slice/bulkhead-*.slice; do\n"
+        f"  for file in {' '.join(LIMITS)}; do\n"
+        '    [ ! -e $group/$file ] || echo "$group/$file:$(paste -sd " " $group/$file)"\n'
+        "  done\n"
+        "done"
+    )
+    return dict(line.partition(":")[::2] for line in listed.splitlines())
+
+
+# --- the user who deploys
+
+
+def test_bootstrap_prepares_the_server_and_a_second_run_changes_nothing(
+    server: Server, bootstrapped: tuple[Deployment, str]
+) -> None:
+    deployment, said = bootstrapped
+    assert "user deploy: made" in said
+    assert f"{DOOR}: written" in said
+    again = deployment.done("bootstrap", HOST=server.url("root"), KEY=str(server.key))
+    assert not CHANGES & set(again.replace(",", " ").split()), again
+
+
+def test_the_deployer_is_not_root_and_becomes_it_through_one_door_only(
+    server: Server, bootstrapped: tuple[Deployment, str]
+) -> None:
+    def code(script: str, stdin: bytes = b"") -> int:
+        return server.run(script, user=DEPLOYER, check=False, stdin=stdin).returncode
+
+    assert server.said("id -un", DEPLOYER) == DEPLOYER
+    for forbidden in ("id", "sh -c id", f"{DOOR} --help", f"/bin/sh {DOOR}"):
+        assert code(f"sudo -n {forbidden}") != 0, forbidden
+    assert server.run(f"sudo -n {DOOR}", user=DEPLOYER, stdin=b"id -u").stdout == "0\n"
+    assert server.said("stat -c '%U %a' /etc/sudoers.d/bulkhead; visudo -cq && echo valid") == "root 440\nvalid"
+    assert server.said(f"stat -c '%U %a' {DOOR}") == "root 755"
+
+
+def test_what_went_through_the_door_is_in_the_journal(server: Server, bootstrapped: tuple[Deployment, str]) -> None:
+    script = b"exit 5 # to be found again"
+    sum_ = server.run("sha256sum", stdin=script).stdout.split()[0]
+    assert server.run(f"LEAK=seen sudo -n {DOOR}", user=DEPLOYER, check=False, stdin=script).returncode == 5
+    lines = server.said("journalctl --sync; journalctl --identifier=bulkhead-root --output=cat").splitlines()
+    assert f"run sha256={sum_} bytes={len(script)} caller={DEPLOYER}" in lines
+    assert f"end sha256={sum_} code=5" in lines
+    environment = server.run(f"LEAK=seen sudo -n {DOOR}", user=DEPLOYER, stdin=b"env").stdout
+    assert {line.partition("=")[0] for line in environment.splitlines()} == {"PATH", "HOME", "LANG", "PWD"}
+
+
+# --- what a deploy sets up
+
+
+def test_every_service_runs_in_its_environments_slice(server: Server, deployed: Deployment) -> None:
+    for one in healthy(server):
+        name = one["labels"]["bulkhead.environment"]
+        assert one["cgroup"] == f"/bulkhead.slice/bulkhead-{name}.slice/docker-{one['id']}.scope"
+
+
+def test_slices_are_units_with_what_the_ledger_promises(server: Server, deployed: Deployment) -> None:
+    promised = outputs(deployed)
+    reserved = promised[PROD]["budget"]["reservations"]["memory"] // PAGE * PAGE
+    limits = promised[DEV]["budget"]["limits"]
+    ceiling = limits["memory"] // PAGE * PAGE
+    limited = ("CPUWeight", "CPUQuotaPerSecUSec", "MemoryMin", "MemoryLow", "MemoryMax", "TasksMax")
+    # 60 % of the CPUs stand to the system's 10 % as the weight to systemd's 100.
+    protected = {"CPUWeight": "600", "MemoryMin": str(reserved), "MemoryLow": str(reserved)}
+    free = {"CPUQuotaPerSecUSec": "infinity", "MemoryMax": "infinity", "TasksMax": "infinity"}
+    assert unit(server, f"bulkhead-{PROD}.slice", *limited) == protected | free
+    assert unit(server, "bulkhead.slice", "CPUWeight", "MemoryMin", "MemoryLow") == protected
+    dev = unit(server, f"bulkhead-{DEV}.slice", *limited, "MemorySwapMax")
+    assert dev == {
+        "CPUWeight": "0",  # how systemd shows the idle class
+        "CPUQuotaPerSecUSec": "infinity",
+        "MemoryMin": "0",
+        "MemoryLow": "0",
+        "MemoryMax": str(ceiling),
+        "MemorySwapMax": "0",
+        "TasksMax": str(limits["pids"]),
+    }
+    kernel = slices(server)
+    assert kernel[f"bulkhead.slice/bulkhead-{DEV}.slice/memory.max"] == str(ceiling)
+    assert kernel[f"bulkhead.slice/bulkhead-{DEV}.slice/pids.max"] == str(limits["pids"])
+    assert kernel[f"bulkhead.slice/bulkhead-{DEV}.slice/cpu.idle"] == "1"
+    assert kernel[f"bulkhead.slice/bulkhead-{PROD}.slice/memory.min"] == str(reserved)
+    assert int(kernel["system.slice/memory.low"]) > 0
+    for name in ENVIRONMENTS:
+        state = unit(server, f"bulkhead-{name}.slice", "ActiveState", "UnitFileState")
+        assert state == {"ActiveState": "active", "UnitFileState": "enabled"}
+
+
+# --- what it survives, in the order of how much is lost
+
+
+def test_a_reload_of_systemd_changes_no_limit(server: Server, deployed: Deployment) -> None:
+    before = slices(server)
+    server.run("systemctl daemon-reload")
+    assert slices(server) == before
+
+
+def test_a_restart_of_the_engine_stops_no_service_and_changes_no_limit(server: Server, deployed: Deployment) -> None:
+    before, limits = healthy(server), slices(server)
+    server.run("systemctl restart docker")
+    after = {one["id"]: one for one in healthy(server)}
+    for one in before:
+        assert after[one["id"]]["state"]["Pid"] == one["state"]["Pid"], one["labels"]["bulkhead.service"]
+        assert after[one["id"]]["cgroup"] == one["cgroup"]
+    assert slices(server) == limits
+
+
+@pytest.fixture(scope="module")
+def rebooted(server: Server, deployed: Deployment) -> Mapping[str, str]:
+    """The limits from before, with an order in prod's database, and the server back after a reboot."""
+    order = '{"customer": "before-the-reboot", "items": [{"sku": "anchor", "quantity": 1}]}'
+    server.run(f"{web(PROD)} --data '{order}' --header 'Content-Type: application/json' http://127.0.0.1:8080/orders")
+    limits = slices(server)
+    server.reboot()
+    return limits
+
+
+def web(environment: str) -> str:
+    """Shell text: curl in the environment's front end."""
+    filters = f"--filter label=bulkhead.environment={environment} --filter label=bulkhead.service=web"
+    return f"docker exec $(docker ps -q {filters}) curl --silent --fail --max-time 60"
+
+
+def test_after_a_reboot_every_service_is_back_in_its_slice_with_the_same_limits(
+    server: Server, rebooted: Mapping[str, str]
+) -> None:
+    for one in healthy(server):
+        name = one["labels"]["bulkhead.environment"]
+        assert one["cgroup"] == f"/bulkhead.slice/bulkhead-{name}.slice/docker-{one['id']}.scope"
+    assert slices(server) == rebooted
+
+
+def test_after_a_reboot_prods_data_is_there(server: Server, rebooted: Mapping[str, str]) -> None:
+    healthy(server)
+    assert "before-the-reboot" in server.said(f"{web(PROD)} http://127.0.0.1:8080/orders")
+
+
+def test_after_a_reboot_the_firewall_was_in_force_before_the_engine_started(
+    server: Server, rebooted: Mapping[str, str]
+) -> None:
+    started = "ExecMainExitTimestampMonotonic"
+    firewall = unit(server, "bulkhead-firewall.service", "ActiveState", started)
+    engine = unit(server, "docker.service", "InactiveExitTimestampMonotonic")
+    assert firewall["ActiveState"] == "active"
+    assert 0 < int(firewall[started]) < int(engine["InactiveExitTimestampMonotonic"])
+    rules = server.said("nft list table inet bulkhead")
+    assert 'drop comment "to an environment from outside"' in rules
+
+
+def test_after_a_reboot_an_up_finds_nothing_to_change_and_nothing_open(
+    deployed: Deployment, rebooted: Mapping[str, str]
+) -> None:
+    said = deployed.done("up")
+    for stack in ("host", *ENVIRONMENTS):
+        assert f"{stack}: no changes" in said
+    assert ": 0 unexpected" in said
