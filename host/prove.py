@@ -200,8 +200,9 @@ def prove(places: Places, options: Options) -> list[Proof]:
             proofs = [proof for found in made for proof in found]
             proofs += arrivals(networks, chosen)
         if options.ceilings:
-            for name in chosen:
-                proofs += ceilings(name, declared[name], next(one for one in sources if one.environment == name))
+            # From any of its networks: the ceilings are of the whole environment.
+            for name, source in {one.environment: one for one in sources}.items():
+                proofs += ceilings(name, declared[name], source)
     return proofs
 
 
