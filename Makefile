@@ -14,7 +14,7 @@ KEY ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup bootstrap up preview report drift down verify prove firewall plan doctor pulumi test test-engine \
+.PHONY: help setup bootstrap up preview report drift down verify prove firewall plan doctor pulumi test test-slow test-engine \
 	mutate lint lint-workflows format \
 	bench bench-interference diagram engine-start engine-stop clean
 
@@ -77,7 +77,11 @@ diagram: ## A picture of the deployed environments, networks and budgets: make d
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not vm and not interference" $(ARGS)
+
+test-slow: ## Tests that boot a virtual machine or run the interference benchmark, which make test leaves out
+	@$(SETUP) test
+	@$(PYTHON) -m pytest tests -m "vm or interference" $(ARGS)
 
 test-engine: ## Vet and test the Go parts of the engine
 	@$(SETUP) test

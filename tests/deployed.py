@@ -21,7 +21,12 @@ def isolated(state: Path) -> dict[str, str]:
 
 
 def copied(folder: Path) -> None:
-    """The files of this checkout, and its installed tools as links."""
+    """The files of this checkout, and its installed tools as links.
+
+    What is installed is brought up to date first: set-up in a copy whose pyproject.toml differs from the installed one
+    would make the copy the one that this checkout's tools import, also when it is gone.
+    """
+    subprocess.run([CHECKOUT / "engine/bootstrap.sh", "plan"], cwd=CHECKOUT, check=True, capture_output=True)
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=CHECKOUT,

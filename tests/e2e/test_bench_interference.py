@@ -18,7 +18,7 @@ from bench.interference_report import PAGE, PLOTTED, RESULTS
 from bench.interference_results import AGAIN, ALONE, DEV_ALONE
 from tests.deployed import CHECKOUT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.interference]
 
 OURS = ("e2e-", "bench", "interfere-")
 THIRD_BLOCK = f"[{2 + 2 * len(ARMS) + 1}/"

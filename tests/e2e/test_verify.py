@@ -42,14 +42,6 @@ def within(seconds: float, check: Callable[[], bool]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def live(deployment: Deployment) -> Deployment:
-    """The suite's deployment; where this module runs alone, it is deployed first."""
-    if not Path(f"/etc/bulkhead/stacks/{DEV}.json").exists():
-        deployment.done("up")
-    return deployment
-
-
-@pytest.fixture(scope="module")
 def watch(live: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A watch process with a short period instead of the deployed one, which is started again afterwards."""
     folder = tmp_path_factory.mktemp("watch")
