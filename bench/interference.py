@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,26 @@ CAPACITY_RUNS = 3
 ROOM = 6 * 2**30
 DOCS = Path("docs/research")
 HERE = Path(".bulkhead/interference")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a run does where its options say nothing. `seconds`: of load in each arm. `minutes`: of measuring."""
+
+    what: str
+    loads: Sequence[float]
+    antagonists: Sequence[str]
+    seconds: int
+    repetitions: int
+    minutes: int | None
+    output: Path = HERE
+
+
+MODES = {
+    "short": Mode("five minutes at 60 %% load (the default)", (0.6,), (NONE, *ANTAGONISTS), 3, 1, 5),
+    "full": Mode(f"all loads, three times, into {DOCS}", LOADS, (NONE, *ANTAGONISTS), 8, 3, None, DOCS),
+    "tiny": Mode("one block of one antagonist: does it run?", (0.6,), ("cpu",), 1, 1, None),
+}
 BY_HAND = (
     f"Remove the containers, networks and volumes with label {' or '.join(LABELS)} (docker ps -a --filter label=…; "
     "unpause them first), then what the host stack made, with `make down` of any checkout"
@@ -60,26 +80,24 @@ BY_HAND = (
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="make bench-interference ARGS='…'",
-        description="What dev's misbehaviour costs prod. Without options: 5 minutes at 60 % load.",
+        prog="make bench-interference ARGS='…'", description="What dev's misbehaviour costs prod."
     )
-    parser.add_argument("--full", action="store_true", help="all loads, three times, into docs/research")
-    parser.add_argument("--minutes", type=positive, help="no new block after so many (default: 5; none with --full)")
-    parser.add_argument("--repetitions", type=positive, help="blocks of each antagonist and load (default: 1 or 3)")
-    parser.add_argument("--seconds", type=positive, help="of load in each arm (default: 3 or 8)")
+    modes = parser.add_mutually_exclusive_group()
+    for name, mode in MODES.items():
+        modes.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.what)
+    parser.add_argument("--minutes", type=positive, help="no new block after so many")
+    parser.add_argument("--repetitions", type=positive, help="blocks of each antagonist and load")
+    parser.add_argument("--seconds", type=positive, help="of load in each arm")
     parser.add_argument("--loads", type=listed(percentage), help="shares of prod's capacity, as 20,60,95")
     parser.add_argument("--antagonists", type=listed(antagonist), help=f"of {NONE}, {', '.join(ANTAGONISTS)}")
     parser.add_argument("--seed", type=int, default=1, help="of the random orders (default: 1)")
-    parser.add_argument("--output", type=Path, help=f"folder for results, page and plots (default: {HERE} or {DOCS})")
+    parser.add_argument("--output", type=Path, help="folder for results, page and plots")
     parser.add_argument("--add", action="store_true", help="to the blocks that the output folder has already")
     parser.add_argument("--report", action="store_true", help="measure nothing; write page and plots anew")
     chosen = parser.parse_args(arguments)
-    chosen.minutes = chosen.minutes or (None if chosen.full else 5)
-    chosen.repetitions = chosen.repetitions or (3 if chosen.full else 1)
-    chosen.seconds = chosen.seconds or (8 if chosen.full else 3)
-    chosen.loads = chosen.loads or (LOADS if chosen.full else (0.6,))
-    chosen.antagonists = chosen.antagonists or (NONE, *ANTAGONISTS)
-    chosen.output = chosen.output or (DOCS if chosen.full else HERE)
+    for name, value in vars(MODES[chosen.mode or "short"]).items():
+        if getattr(chosen, name, None) is None:
+            setattr(chosen, name, value)
     return chosen
 
 

@@ -29,7 +29,7 @@ STACKS = "/etc/bulkhead/stacks"
 MARKS = "/run/bulkhead/deploying"
 SECONDS = 900.0
 SHOWN_PATHS = 40
-FOUND, UNDECIDED = 1, 2
+DIFFERENCES = "docs/runbooks/differences.md says what to do about each"
 TABLE = ("inet", "bulkhead")  # components.firewall
 
 
@@ -109,13 +109,13 @@ def verify(agent: Agent, console: Console) -> int:
     with console.status("comparing what is declared with the host"):
         code, report = agent.run("verify")
     if report["differences"]:
-        table = Table(title="Different from what was declared", title_justify="left")
-        for column in ("environment", "what", "where", "expected", "observed", "since"):
-            table.add_column(column, overflow="fold")
+        console.print("Different from what was declared:", style="red")
         for one in report["differences"]:
-            table.add_row(*(one[key] for key in ("environment", "what", "where", "expected", "observed", "since")))
-        console.print(table, markup=False)
-        console.print("Next step: make up restores what it deploys; a container of nobody's is yours to judge")
+            console.print(f"{one['environment']}: {one['what']}", markup=False, highlight=False, soft_wrap=True)
+            # Not in a table, which would fold what has to be copied.
+            for key in ("where", "expected", "observed", "since"):
+                console.print(f"  {key:<9} {one[key]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Next step: {DIFFERENCES}", soft_wrap=True)
     for text in report["undecided"]:
         console.print(f"undecided: {text}", style="red", markup=False, highlight=False)
     if report["deploying"]:

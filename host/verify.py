@@ -24,6 +24,7 @@ HOST = "host"
 LABEL, FILES_LABEL, PROBE_LABEL = "bulkhead.environment", "bulkhead.files", "bulkhead.probe"
 PROOF_SECONDS = 15 * 60
 ABSENT = "not there"
+SLICE_FILE = "cgroup file"
 START_ENGINE = "start Docker; see `docker info`"
 INSTALL_NFT = "apt-get install nftables"
 # v1 shows a memory limit that is not set as the largest whole page below 2**63.
@@ -196,7 +197,8 @@ def touches(
         if any(inside(path, promised["cgroup_parent"]) for path in parents):
             return environment, f"in its slice {promised['cgroup_parent']}"
     for environment, stack in declared.stacks.items():
-        if networks_ := sorted(set(container["NetworkSettings"]["Networks"] or {}) & set(stack["networks"])):
+        own = {name for name, network in stack["networks"].items() if not network["external"]}
+        if networks_ := sorted(set(container["NetworkSettings"]["Networks"] or {}) & own):
             return environment, f"on its network {', '.join(networks_)}"
         mounted = {mount.get("Name") for mount in container.get("Mounts") or ()} & set(stack["volumes"])
         if mounted:
@@ -296,7 +298,7 @@ def files(environment: str, wanted: Mapping[str, str], places: Places) -> Iterat
                 continue
             observed = error.strerror or str(error)
         if not same(expected, observed):
-            yield Difference(environment, "cgroup file", path.rstrip("?"), expected, observed)
+            yield Difference(environment, SLICE_FILE, path.rstrip("?"), expected, observed)
 
 
 def same(expected: str, observed: str) -> bool:
@@ -362,7 +364,7 @@ def ceilings(
             continue
         wanted = container_files(container["HostConfig"], group)
         for one in files(ours[container["Id"]], wanted, places):
-            yield one._replace(what=f"cgroup file of {named(container)}")
+            yield one._replace(what=f"{SLICE_FILE} of {named(container)}")
 
 
 def container_files(config: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, str]:
@@ -589,8 +591,13 @@ def settled(
         before = {difference.key for difference in first.differences}
         first = Look([one for one in second.differences if one.key in before], second.undecided, second.compared)
     under_way |= deploys()
-    first.differences = [one for one in first.differences if one.environment not in under_way]
+    first.differences = [one for one in first.differences if not changing(one, under_way)]
     return first, under_way
+
+
+def changing(one: Difference, under_way: frozenset[str]) -> bool:
+    """Whether a deploy that is under way makes this difference; the host's writes the slices of all environments."""
+    return one.environment in under_way or (HOST in under_way and one.what == SLICE_FILE)
 
 
 def remembered(found: Sequence[Difference], before: Sequence[Mapping[str, str]], now: str) -> list[dict[str, str]]:
@@ -665,8 +672,10 @@ def verified(places: Places) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         before = json.loads(file.read_text())
         known = before["differences"]
-    except (OSError, ValueError, KeyError):
-        before, known = {"differences": []}, []
+        remembered([], known, "")
+    except (OSError, ValueError, KeyError, TypeError):
+        # There is none, or it is another version's: what was known since when is lost, and nothing else.
+        before, known = {}, []
     found, under_way = settled(lambda: look(places), lambda: deploying(places))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     report = {

@@ -76,7 +76,7 @@ def loop(verbs: Sequence[str], every: float, log: Path) -> None:
                 try:
                     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=5 * PERIOD)
                 except subprocess.TimeoutExpired:
-                    output.write(f"{verb} did not end within {5 * PERIOD:g} s and was killed\n")
+                    print(f"{verb} did not end within {5 * PERIOD:g} s and was killed", file=output, flush=True)
         time.sleep(max(0.0, every - (time.monotonic() - started)))
 
 

@@ -30,7 +30,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self._said = folder, folder / "said"
         (folder / "temporary").mkdir()
-        options = ["--antagonists", "cpu", "--seconds", "1", "--repetitions", "3", "--output", str(folder / "made")]
+        options = ["--tiny", "--repetitions", "3", "--output", str(folder / "made")]
         with self._said.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bench.interference", *options],

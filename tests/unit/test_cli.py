@@ -9,14 +9,14 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cli import deploy, onhost, order, plan, previews, pulumi
+from cli import agent, deploy, onhost, order, plan, previews, pulumi
 from cli.agent import Agent
 from cli.order import Stacks
 from cli.previews import Outcome
@@ -530,13 +530,127 @@ def test_the_host_forgets_what_was_destroyed_and_its_own_agent_goes_with_it(cons
     ]
 
 
+def answering(monkeypatch: pytest.MonkeyPatch, code: int = 0, out: str = "", said: str = "") -> Agent:
+    """An agent on a host that answers every script like this."""
+    done = subprocess.CompletedProcess([], code, out.encode(), said.encode())
+    monkeypatch.setattr(onhost, "run", lambda *_, **__: done)
+    return Agent("ssh://deploy@one")
+
+
 def test_a_host_that_cannot_be_told_names_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 255, b"", b"ssh: connect to host one port 22: Connection refused\n")
-    monkeypatch.setattr(onhost, "run", lambda *_, **__: failed)
-    with pytest.raises(PulumiError, match=r"Connection refused. Next step: make doctor"):
-        Agent("ssh://deploy@one").declared()
+    unreachable = answering(monkeypatch, 255, said="ssh: connect to host one port 22: Connection refused\n")
+    for asked in (unreachable.declared, lambda: unreachable.declare("dev", {}), lambda: unreachable.forget("dev")):
+        with pytest.raises(PulumiError, match=r"Connection refused. Next step: make doctor"):
+            asked()
     with pytest.raises(PulumiError, match=r"prove: ssh: connect"):
-        Agent("ssh://deploy@one").run("prove")
+        unreachable.run("prove")
+    with pytest.raises(PulumiError, match=r"asked: exit code 1. Next step: make doctor"):
+        answering(monkeypatch, 1).declared()
+    with pytest.raises(PulumiError, match=r"verify: verify ended with code 137"):
+        answering(monkeypatch, 137).run("verify")
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("ssh", 900), FileNotFoundError("no such file: sudo")])
+def test_a_host_that_does_not_answer_is_no_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(onhost, "run", run)
+    with pytest.raises(PulumiError, match=r"(timed out|sudo).*Next step: make doctor"):
+        Agent(None).run("verify")
+
+
+def shell(script: str, stdin: bytes | None, root: Path) -> subprocess.CompletedProcess[bytes]:
+    """Runs a script for the host as the host does, with its folders below another one."""
+    for folder in ("/etc/bulkhead", "/run/bulkhead", "/run/systemd", "/usr/local/lib"):
+        script = script.replace(folder, f"{root}{folder}")
+    return subprocess.run(["sh", "-euc", script], input=stdin, capture_output=True, check=False)
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """An agent of a host without any, whose folders are below `tmp_path`."""
+    monkeypatch.setattr(onhost, "run", lambda _, script, *, stdin, **__: shell(script, stdin, tmp_path))
+    return Agent(None)
+
+
+def test_a_verb_of_a_host_without_an_agent_says_what_to_do(local: Agent) -> None:
+    with pytest.raises(PulumiError, match=r"verify: the host stack is not deployed there. Next step: make up"):
+        local.run("verify")
+
+
+def test_what_was_declared_is_on_the_host_and_gone_when_it_is_forgotten(local: Agent, tmp_path: Path) -> None:
+    assert local.declared() == frozenset()
+    local.declare("dev", {"b": "it's", "a": [1]})
+    local.declare("prod", {})
+    assert local.declared() == {"dev", "prod"}
+    file = tmp_path / "etc/bulkhead/stacks/dev.json"
+    assert json.loads(file.read_text()) == {"a": [1], "b": "it's"}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    local.forget("dev")
+    local.forget("dev")
+    assert local.declared() == {"prod"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_stacks_are_marked_while_they_are_deployed_however_that_ends(fails: bool, local: Agent, tmp_path: Path) -> None:
+    marks = tmp_path / "run/bulkhead/deploying"
+    expected = pytest.raises(PulumiError) if fails else nullcontext()
+    with expected, local.deploying(["host", "dev"]):
+        assert {mark.name for mark in marks.iterdir()} == {"host", "dev"}
+        if fails:
+            raise PulumiError("no engine")
+    assert not marks.exists()
+
+
+def test_the_mark_of_another_deploy_stays(local: Agent, tmp_path: Path) -> None:
+    with local.deploying(["prod"]):
+        with local.deploying(["dev"]):
+            pass
+        assert [mark.name for mark in (tmp_path / "run/bulkhead/deploying").iterdir()] == ["prod"]
+
+
+def test_after_a_deploy_what_looks_regularly_runs_also_when_it_had_been_stopped(local: Agent, tmp_path: Path) -> None:
+    program = tmp_path / "usr/local/lib/bulkhead/host.pyz"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"import sys\nopen('{tmp_path}/started', 'w').write(' '.join(sys.argv[1:]))\n")
+    with local.deploying(["dev"]):
+        assert not (tmp_path / "started").exists()
+    assert (tmp_path / "started").read_text() == "watch --start"
+
+
+REPORT: dict[str, Any] = {"differences": [], "undecided": [], "deploying": [], "compared": {"containers": 3}}
+MOVED = {
+    "environment": "dev",
+    "what": "cgroup file",
+    "where": "/sys/fs/cgroup/a/very/long/path/that/does/not/fit/into/eighty/columns/of/a/terminal/pids.max",
+    "expected": "4096",
+    "observed": "[red]max",
+    "since": "2026-01-01T00:00:00+00:00",
+}
+
+
+def test_verify_shows_each_difference_in_words_that_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = REPORT | {"differences": [MOVED], "undecided": ["docker: no answer"], "deploying": ["prod"]}
+    console = Console(file=io.StringIO(), width=60)
+    assert agent.verify(answering(monkeypatch, 1, json.dumps(report)), console) == 1
+    text = shown(console)
+    for key in ("where", "expected", "observed", "since"):
+        assert f"{key} " in text
+        assert f" {MOVED[key]}\n" in text
+    for part in (
+        "dev: cgroup file\n",
+        "undecided: docker: no answer",
+        "being deployed: prod",
+        "runbooks/differences.md",
+    ):
+        assert part in text
+    assert "As declared" not in text
+
+
+def test_verify_without_a_difference_is_one_line(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert agent.verify(answering(monkeypatch, 0, json.dumps(REPORT)), console) == 0
+    assert shown(console) == "As declared: 3 containers\n"
 
 
 def test_the_firewall_s_counters_are_read_from_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,9 +659,8 @@ def test_the_firewall_s_counters_are_read_from_its_rules(monkeypatch: pytest.Mon
         {"rule": {"chain": "from_dev", "comment": "to the host", "expr": [{"counter": {"packets": 3, "bytes": 180}}]}},
         {"rule": {"chain": "from_dev", "expr": [{"accept": None}]}},
     ]
-    done = subprocess.CompletedProcess([], 0, json.dumps({"nftables": rules}).encode(), b"")
-    monkeypatch.setattr(onhost, "run", lambda *_, **__: done)
-    assert Agent(None).firewall() == [{"chain": "from_dev", "rule": "to the host", "packets": 3, "bytes": 180}]
+    told = answering(monkeypatch, 0, json.dumps({"nftables": rules}))
+    assert told.firewall() == [{"chain": "from_dev", "rule": "to the host", "packets": 3, "bytes": 180}]
 
 
 def test_an_environment_without_a_settings_file_is_said(console: Console) -> None:

@@ -350,11 +350,13 @@ def test_reclaim_is_the_first_of_two_good_slots() -> None:
 # --- the run
 
 
-def test_the_short_mode_and_the_full_one() -> None:
+def test_the_short_mode_is_the_default_and_options_change_each_mode() -> None:
     short, full = options([]), options(["--full"])
+    assert vars(short) | {"mode": None} == vars(options(["--short"])) | {"mode": None}
     assert (short.loads, short.minutes, short.repetitions, short.output) == ((0.6,), 5, 1, interference.HERE)
     assert (full.loads, full.minutes, full.repetitions, full.output) == (interference.LOADS, None, 3, interference.DOCS)
     assert set(full.antagonists) == {NONE, *ANTAGONISTS}
+    assert schedule(options(["--tiny"]), np.random.default_rng(1)) == [("cpu", 0.6)]
     chosen = options(["--loads", "20,95", "--antagonists", "cpu,none", "--minutes", "9"])
     assert (chosen.loads, chosen.antagonists, chosen.minutes) == ((0.2, 0.95), ("cpu", "none"), 9)
 

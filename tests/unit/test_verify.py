@@ -3,22 +3,20 @@
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.agent import LARGEST_SCRIPT, install, remove, units, zipapp
-from host import verify, watch
+from host import verify
 from host.__main__ import main
-from host.machine import DEPLOY_SECONDS, Places, Undecided, ask, deploying
+from host.machine import DEPLOY_SECONDS, Places, Undecided, deploying
 from host.verify import ABSENT, Declared, Difference, Look, Process
 
-ROOT = Path(__file__).parents[2]
 WEB, DB, JOB, STRANGER = (digit * 64 for digit in "abcd")
 MIB = 2**20
 
@@ -231,12 +229,28 @@ def test_a_container_that_touches_nothing_of_ours_is_nobodys_business() -> None:
     )
 
 
+def test_a_network_that_others_made_is_theirs_to_be_on() -> None:
+    declared = deepcopy(DECLARED)
+    declared.stacks["dev"]["networks"]["proxy"] = {"subnet": None, "internal": None, "external": True}
+    inspected = [*all_well(), stranger(NetworkSettings={"Networks": {"proxy": {}}})]
+    inspected[1]["NetworkSettings"]["Networks"]["proxy"] = {}
+    declared.stacks["dev"]["services"]["web"]["networks"].append("proxy")
+    assert list(verify.containers(declared, inspected)) == []
+
+
 def test_a_carrier_of_files_is_ours_only_while_it_was_never_started() -> None:
     carrier = stranger(Config={"Labels": {"bulkhead.environment": "dev", "bulkhead.files": "1"}})
     carrier["State"]["Status"] = "created"
     assert list(verify.containers(DECLARED, [*all_well(), carrier])) == []
     carrier["State"]["Status"] = "running"
     assert len(list(verify.containers(DECLARED, [*all_well(), carrier]))) == 1
+
+
+@pytest.mark.parametrize(("minutes", "told"), [(0, 0), (14, 0), (16, 1), (600, 1)])
+def test_a_probe_of_the_prover_is_left_out_no_longer_than_a_proof_takes(minutes: int, told: int) -> None:
+    probe = stranger(Config={"Labels": {"bulkhead.probe": "1", "bulkhead.environment": "dev"}})
+    probe["Created"] = (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat().replace("+00:00", "Z")
+    assert len(list(verify.containers(DECLARED, [*all_well(), probe]))) == told
 
 
 # Networks.
@@ -370,6 +384,31 @@ def test_a_containers_own_files_show_the_limits_that_the_engine_shows() -> None:
     }
 
 
+def test_a_limit_written_past_the_engine_is_told_with_its_file(tmp_path: Path) -> None:
+    inspected = all_well()
+    pid = inspected[1]["State"]["Pid"]
+    group = tmp_path / "sys/fs/cgroup/bulkhead-dev" / WEB
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{64 * MIB}\n")
+    (group / "cpu.max").write_text("50000 100000\n")
+    running = [Process(pid, "pid:[2]", {"": f"/bulkhead-dev/{WEB}"})]
+    assert list(verify.ceilings(DECLARED, inspected, running, Places(tmp_path))) == []
+    (group / "cpu.max").write_text("max 100000\n")
+    (found,) = verify.ceilings(DECLARED, inspected, running, Places(tmp_path))
+    what = f"cgroup file of container dev-web ({WEB[:12]})"
+    assert found == Difference("dev", what, f"/sys/fs/cgroup/bulkhead-dev/{WEB}/cpu.max", "50000 100000", "max 100000")
+
+
+def test_processes_are_read_with_their_namespace_and_those_that_have_ended_are_left_out(tmp_path: Path) -> None:
+    process = tmp_path / "proc/77"
+    (process / "ns").mkdir(parents=True)
+    (process / "ns/pid").symlink_to("pid:[4026532000]")
+    (process / "cgroup").write_text("0::/bulkhead-dev/x\n")
+    (tmp_path / "proc/78").mkdir()
+    (tmp_path / "proc/meminfo").touch()
+    assert verify.processes(Places(tmp_path)) == [Process(77, "pid:[4026532000]", {"": "/bulkhead-dev/x"})]
+
+
 # Firewall: as `nft --stateless list table` prints it.
 
 TABLE = """\
@@ -451,6 +490,30 @@ FIREWALLS: dict[str, tuple[str | None, list[tuple[str, str, str, str]]]] = {
         TABLE.replace(" 10.82.0.0/16,\n", "\n"),
         [("firewall statement removed", "set environments4", "element 10.82.0.0/16", ABSENT)],
     ),
+    "a set emptied": (
+        TABLE.replace("        elements = { 10.81.0.0/16, 10.82.0.0/16,\n            10.83.0.0/16 }\n", ""),
+        [
+            ("firewall statement removed", "set environments4", f"element 10.8{number}.0.0/16", ABSENT)
+            for number in (1, 2, 3)
+        ],
+    ),
+    "all flushed": (
+        "table inet bulkhead {\n\tchain sent {\n\t}\n}\n",
+        [
+            ("firewall statement removed", "table inet bulkhead", 'comment "{ not a block }"', ABSENT),
+            ("firewall block removed", "set environments4", "5 statements", ABSENT),
+            ("firewall block removed", "set seen", "2 statements", ABSENT),
+            *(
+                ("firewall statement removed", "chain sent", rule, ABSENT)
+                for rule in (
+                    "type filter hook prerouting priority mangle; policy accept;",
+                    "ct direction reply accept",
+                    "ip saddr 10.82.0.0/16 meta l4proto { tcp, udp } jump from_dev",
+                    'ip daddr @environments4 counter drop comment "to an environment {"',
+                )
+            ),
+        ],
+    ),
     "a chain more": (
         TABLE.replace("    chain sent", "    chain open {\n        accept\n    }\n\n    chain sent"),
         [("firewall block added", "chain open", ABSENT, "1 statements")],
@@ -472,6 +535,47 @@ def test_two_rules_in_the_other_order_are_a_difference() -> None:
         "        ip saddr 10.82.0.0/16 meta l4proto { tcp, udp } jump from_dev\n",
     )
     assert list(verify.firewall("inet bulkhead", TABLE, TABLE.replace(first + second, second + first)))
+
+
+def test_the_firewalls_file_is_missed_too(tmp_path: Path) -> None:
+    declared = Declared({"firewall": {"family": "inet", "table": "bulkhead"}, "environments": {}}, {})
+    (found,) = verify.firewall_(declared, tmp_path / "firewall.nft")
+    assert found[1:3] == ("firewall's file removed", str(tmp_path / "firewall.nft"))
+
+
+# What looks regularly.
+
+LOOKING = Declared({"environments": {}, "agent": {"verbs": ["verify", "keep"]}}, {})
+
+
+@pytest.mark.parametrize(
+    ("pid", "command", "there"),
+    [
+        ("41", "python3\0/usr/local/lib/bulkhead/host.pyz\0watch\0--period=60\0", True),
+        ("41", "python3\0/srv/watches.py\0", False),  # another process, which has got its pid
+        ("42", "", False),
+        ("", "", False),
+    ],
+)
+def test_a_watch_process_that_does_not_run_is_missed(pid: str, command: str, there: bool, tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    (tmp_path / "proc/41").mkdir(parents=True)
+    (tmp_path / "proc/41/cmdline").write_text(command)
+    assert [one.what for one in verify.agent(LOOKING, places)] == ["watch process"]
+    places.run.mkdir(parents=True)
+    (places.run / "watch.pid").write_text(pid)
+    assert [one.what for one in verify.agent(LOOKING, places)] == ([] if there else ["watch process"])
+
+
+def test_a_timer_that_does_not_run_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    monkeypatch.setattr(verify, "ask", lambda command, _: "inactive\n" if "keep" in command[-1] else "active\n")
+    (found,) = verify.agent(LOOKING, Places(tmp_path))
+    assert found == Difference("host", "timer", "bulkhead-keep.timer", "active", "inactive")
+
+
+def test_a_host_that_was_deployed_without_an_agent_misses_none(tmp_path: Path) -> None:
+    assert list(verify.agent(DECLARED, Places(tmp_path))) == []
 
 
 # When a difference counts.
@@ -505,6 +609,14 @@ def test_what_is_being_deployed_is_left_out_and_everything_else_is_not() -> None
     assert settle([A, B], [A, B], marks=["dev"]) == ([B], 2)
 
 
+def test_a_deploy_of_the_host_changes_the_slices_of_all_environments_and_nothing_else_of_theirs() -> None:
+    slice_file = Difference("dev", "cgroup file", "/sys/fs/cgroup/bulkhead-dev/pids.max", "1", "2")
+    containers_file = slice_file._replace(what="cgroup file of container x")
+    found = [A, B, slice_file, containers_file]
+    assert settle(found, found, marks=["host"]) == ([A, containers_file], 2)
+    assert settle(found, found, marks=["prod"]) == (found, 2)
+
+
 def test_a_deploy_that_ends_between_the_looks_is_left_out_too() -> None:
     marks = iter([frozenset({"dev"}), frozenset[str]()])
     found, under_way = verify.settled(lambda: Look([A]), lambda: next(marks), lambda _: None)
@@ -528,6 +640,43 @@ def test_since_is_when_it_was_first_seen_also_when_its_value_wavers() -> None:
     assert {one["since"] for one in first} == {"monday"}
     later = verify.remembered([A._replace(observed="exited"), B], first[:1], "tuesday")
     assert [one["since"] for one in later] == ["monday", "tuesday"]
+
+
+def test_metrics_count_by_environment_also_what_is_none() -> None:
+    found = verify.remembered([A, B, A._replace(where="container y")], [], "monday")
+    text = verify.metrics({"differences": found, "undecided": ["nft"]}, ["prod", "dev"], 1_800_000_000.4, 1.23456)
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values == {
+        'bulkhead_verify_differences{environment="dev"}': "2",
+        'bulkhead_verify_differences{environment="host"}': "1",
+        'bulkhead_verify_differences{environment="prod"}': "0",
+        "bulkhead_verify_undecided": "1",
+        "bulkhead_verify_last_run_timestamp_seconds": "1800000000",
+        "bulkhead_verify_duration_seconds": "1.235",
+    }
+    assert text.count("# TYPE ") == text.count("# HELP ") == len({name.partition("{")[0] for name in values})
+
+
+@pytest.mark.parametrize("there", [None, "", "[]", "{}", '{"differences": [{"what": "of another version"}]}'])
+def test_a_report_that_cannot_be_read_costs_only_what_it_knew(
+    there: str | None, host: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if there is not None:
+        host.state.mkdir(parents=True)
+        (host.state / "verify.json").write_text(there)
+    (host.cgroups / "bulkhead-dev/pids.max").write_text("99\n")
+    code, text = ran(host, capsys)
+    assert code == 1
+    assert "observed 99" in text
+
+
+def test_what_is_being_deployed_is_said(host: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    (host.run / "deploying").mkdir(parents=True)
+    (host.run / "deploying/dev").touch()
+    (host.cgroups / "bulkhead-dev/pids.max").write_text("99\n")
+    code, text = ran(host, capsys)
+    assert code == 0
+    assert text.splitlines()[-1] == "left out, since they are being deployed: dev"
 
 
 @pytest.fixture
@@ -595,57 +744,32 @@ def test_an_engine_that_does_not_answer_is_undecided_and_the_rest_is_compared(
     assert ran(host, capsys)[0] == 1
 
 
+def test_a_container_that_goes_between_the_list_and_the_inspection_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[str | None] = [f"{WEB}\n{DB}\n", None, f"{DB}\n", json.dumps([{"Id": DB}])]
+
+    def answer(*_: object) -> str:
+        if (said := answers.pop(0)) is None:
+            raise Undecided("no such container")
+        return said
+
+    monkeypatch.setattr(verify, "ask", answer)
+    assert verify.engine("container", DECLARED) == [{"Id": DB}]
+    answers += [f"{WEB}\n", None] * 3
+    with pytest.raises(Undecided, match="no such container"):
+        verify.engine("container", DECLARED)
+
+
 def test_a_host_without_a_declaration_is_undecided(tmp_path: Path) -> None:
     with pytest.raises(Undecided, match=r"host\.json.*make up"):
         verify.read(Places(tmp_path))
 
 
-# The command line and the program that is shipped.
+# The command line.
 
 
 def test_an_unknown_verb_and_a_broken_host_are_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["frobnicate"])
     assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
-
-
-def test_the_program_is_the_same_bytes_each_time_and_runs_alone(tmp_path: Path) -> None:
-    archive = zipapp(ROOT / "host")
-    assert zipapp(ROOT / "host") == archive
-    program = tmp_path / "host.pyz"
-    program.write_bytes(archive)
-    done = ask(["python3", "-I", str(program), "verify", "--help"], "see above")
-    assert "--news" in done
-
-
-def test_the_script_fits_into_one_argument_with_room_to_spare() -> None:
-    assert len(install(zipapp(ROOT / "host"), {})) < LARGEST_SCRIPT // 2
-
-
-def test_a_script_that_does_not_fit_is_refused_before_the_kernel_does() -> None:
-    with pytest.raises(ValueError, match="the kernel takes"):
-        install(os.urandom(LARGEST_SCRIPT), {})
-
-
-def test_what_is_installed_is_removed() -> None:
-    removed = remove()
-    for name in units():
-        assert f"/etc/systemd/system/{name}" in removed
-    for path in ("/usr/local/lib/bulkhead", "/etc/bulkhead/host.json", "/etc/bulkhead/stacks", "/run/bulkhead"):
-        assert path in removed
-
-
-def test_the_watch_process_is_one_and_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    own = [f"--pid-file={tmp_path / 'pid'}", f"--log={tmp_path / 'log'}", "--period=600"]
-    monkeypatch.setattr(watch, "program", lambda: [sys.executable, "-m", "host"])
-    assert main(["watch", *own, "--start", "nothing"]) == 0
-    try:
-        pid = (tmp_path / "pid").read_text()
-        assert main(["watch", *own, "--start", "nothing"]) == 0
-        assert (tmp_path / "pid").read_text() == pid
-    finally:
-        assert main(["watch", *own, "--stop"]) == 0
-    assert not (tmp_path / "pid").exists()
-    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
-    assert main(["watch", *own, "--stop"]) == 0

@@ -33,15 +33,16 @@ LEDGER: dict[str, Any] = {
         },
     },
 }
-# An emulated CPU starts a program twenty times slower: with the shop's own intervals and dev's quotas it would only
-# look at its own health. And the machine is small.
-PATIENT = {"healthcheck": {"interval": "20s", "timeout": "60s", "retries": 5, "start_period": "10s"}}
-NO_QUOTA = {"deploy": {"resources": {"limits": {"cpus": "2"}}}}
-SMALL = {"deploy": {"resources": {"limits": {"memory": "256M"}}}}
-SERVICES = ("web", "api", "worker", "db", "cache")
+# On an emulated CPU a healthcheck takes 3 s of it: with the shop's own intervals and dev's quotas the machine would do
+# nothing else. And it is small: one of each service, without the worker.
+SERVICES = ("web", "api", "db", "cache")
+SMALLER: dict[str, Any] = {
+    name: {"healthcheck": {"interval": "30s", "timeout": "60s", "retries": 5, "start_period": "1s"}}
+    for name in SERVICES
+} | {"worker": {"profiles": ["large"]}}
 OVERLAYS: dict[str, Any] = {
-    PROD: {name: PATIENT | (SMALL if name == "db" else {}) for name in SERVICES},
-    DEV: {name: PATIENT | NO_QUOTA for name in SERVICES},
+    PROD: {"api": {"deploy": {"replicas": 1}}, "db": {"deploy": {"resources": {"limits": {"memory": "256M"}}}}},
+    DEV: {name: {"deploy": {"resources": {"limits": {"cpus": "2"}}}} for name in SERVICES},
 }
 
 
@@ -62,9 +63,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this checkout with the two environments of the example, for a machine that is slow."""
     folder = tmp_path_factory.mktemp("bulkhead")
     copied(folder)
+    (folder / "vm.yaml").write_text(yaml.safe_dump({"services": SMALLER}))
     for name, services in OVERLAYS.items():
         (folder / f"vm.{name}.yaml").write_text(yaml.safe_dump({"services": services}))
-        files = ["examples/shop/compose.yaml", f"examples/shop/compose.{name}.yaml", f"vm.{name}.yaml"]
+        shop = ["examples/shop/compose.yaml", f"examples/shop/compose.{name}.yaml"]
+        files = [*shop, "vm.yaml", f"vm.{name}.yaml"]
         (folder / f"Pulumi.{name}.yaml").write_text(yaml.safe_dump({"config": {"bulkhead:compose": files}}))
     return folder
 
