@@ -229,7 +229,7 @@ def test_plan_doctor_and_diagram_tell_what_there_is(deployment: Deployment, tmp_
     assert PROD in plan
     assert "memory" in plan
     report = deployment.done("doctor")
-    for line in ("Docker version", "cgroup driver", "IO scheduler", "swap", "live-restore"):
+    for line in ("Docker version", "cgroup driver", "IO isolation", "swap", "live-restore"):
         assert line in report
     picture = tmp_path / "picture.svg"
     deployment.done("diagram", args=str(picture))
