@@ -69,7 +69,7 @@ class Mode:
 
 MODES = {
     "short": Mode("five minutes at 60 %% load (the default)", (0.6,), (NONE, *ANTAGONISTS), 3, 1, 5),
-    "full": Mode(f"all loads, three times, into {DOCS}", LOADS, (NONE, *ANTAGONISTS), 8, 3, None, DOCS),
+    "full": Mode(f"all loads, five times, into {DOCS}", LOADS, (NONE, *ANTAGONISTS), 5, 5, None, DOCS),
     "tiny": Mode("one block of one antagonist: does it run?", (0.6,), ("cpu",), 1, 1, None),
 }
 BY_HAND = (

@@ -14,6 +14,7 @@ from bench.interference_results import (
     AGAIN,
     ALONE,
     DEV_ALONE,
+    FEWEST,
     LEFT_TARGET,
     MET,
     MISSED,
@@ -123,11 +124,12 @@ def shown(estimate: Estimate | None, metric: str) -> str:
 
 
 def judged(found: Mapping[str, Any], arm: str = BULKHEAD) -> tuple[list[str], list[list[str]]]:
-    """An arm against the targets, at the loads that they are set for."""
+    """An arm against the targets: each antagonist over all the loads that they are set for, and all together."""
+    counting = [block for block in found["blocks"] if block["load"] <= TARGET_LOAD]
+    names = sorted(dict.fromkeys(block["antagonist"] for block in counting), key=_place)
+    cases = [(name, [block for block in counting if block["antagonist"] == name]) for name in names]
     lines = []
-    for name, load, blocks in rows(found):
-        if load > TARGET_LOAD:
-            continue
+    for name, blocks in [*cases, *([(ALL, counting)] if len(cases) > 1 else [])]:
         mine, again = estimates(blocks, arm), estimates(blocks, AGAIN)
         cells_ = [
             f"{shown(mine[key], key)}: {verdict(mine[key], again[key], target)}" for key, target in TARGETS.items()
@@ -135,8 +137,8 @@ def judged(found: Mapping[str, Any], arm: str = BULKHEAD) -> tuple[list[str], li
         left, oom = mine["left"], mine["oom"]
         given = NOTHING if left is None or name == ALL else f"{shown(left, 'left')}: {left_verdict(left)}"
         killed = NOTHING if oom is None else f"{oom.value * oom.blocks:.0f}"
-        lines.append([name, f"{load:.0%}", *cells_, given, killed, counted(blocks)])
-    return ["antagonist", "load", *TARGETS, "dev's of what is left", "prod killed for memory", "blocks"], lines
+        lines.append([name, *cells_, given, killed, counted(blocks)])
+    return ["antagonist", *TARGETS, "dev's of what is left", "prod killed for memory", "blocks"], lines
 
 
 def left_verdict(left: Estimate) -> str:
@@ -219,6 +221,7 @@ def page(found: Mapping[str, Any]) -> str:
         "p50": f"{TARGETS['p50'].tolerance:.0%}",
         "p99": f"{TARGETS['p99'].tolerance:.0%}",
         "left": f"{LEFT_TARGET:.0%}",
+        "fewest": FEWEST,
         "lag": f"{settings['rules']['lag_ms']:g}",
         "unsent": f"{settings['rules']['unsent']:.0%}",
         "steal": f"{settings['rules']['steal']:.0%}",
@@ -264,7 +267,7 @@ Prod is the example shop under a constant rate of requests (Vegeta); dev does on
 
 ## How
 - A block is one antagonist at one load with every arm once, in random order. Numbers are ratios within a block,
-  averaged over blocks, with 95 % intervals from bootstrapping blocks (from three on).
+  averaged over blocks, with 95 % intervals from bootstrapping blocks (bootstrap-t, from {fewest} blocks on).
 - In each arm dev has the machine to itself for {lead} s, then prod is asked for {seconds} s. Latencies count from when
   a request was due. One that fails counts with at least its timeout.
 - Both deployments of the shop have the same images and compose files. The one that is not measured is paused.
@@ -280,9 +283,10 @@ Prod is the example shop under a constant rate of requests (Vegeta); dev does on
 
 JUDGEMENT = """\
 ## Bulkhead against the targets
-Up to {highest} load: throughput at least {throughput}, p50 within {p50}, p99 within {p99}, nothing of prod killed for
-memory, and dev gets at least {left} of what prod leaves. *{met}*, *{missed}*: the whole interval lies on that side, a
-miss also beyond the A/A interval. *{uncertified}*: the A/A interval is wider than the target. *{undecided}*: neither.
+At all loads up to {highest} together: throughput at least {throughput}, p50 within {p50}, p99 within {p99}, nothing of
+prod killed for memory, and dev gets at least {left} of what prod leaves. *{met}*, *{missed}*: the whole interval lies
+on that side, a miss also beyond the A/A interval. *{uncertified}*: the A/A interval is wider than the target.
+*{undecided}*: neither. What one load alone comes to is in the tables below.
 Work that is not bound by CPU can be more than what prod leaves of it.
 """
 
