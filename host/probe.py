@@ -110,7 +110,7 @@ def device(major: int, minor: int) -> str:
     """Makes a node of a disk of the host and opens it for reading."""
 
     def make() -> None:
-        node = Path(f"/dev/shm/bulkhead-probe-{major}-{minor}")  # noqa: S108 - the container's own
+        node = Path(f"/dev/bulkhead-probe-{major}-{minor}")  # elsewhere, /dev/shm too, nodes may mean nothing (nodev)
         try:
             os.mknod(node, 0o600 | 0o060000, os.makedev(major, minor))
             os.close(os.open(node, os.O_RDONLY))
@@ -254,7 +254,9 @@ def _read(packet: bytes) -> tuple[str, str, int, str]:
 
 
 def _answer_tcp() -> None:
-    with socket.create_server(("", PORT)) as server:
+    six = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if six else socket.AF_INET
+    with socket.create_server(("::" if six else "", PORT), family=family, dualstack_ipv6=six) as server:
         while True:
             server.accept()[0].close()
 

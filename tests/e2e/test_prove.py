@@ -151,8 +151,18 @@ def test_a_container_of_prod_on_a_network_of_dev_turns_it_red(live: Deployment, 
 
 def test_a_privileged_container_turns_it_red(live: Deployment) -> None:
     proofs = tried(*PRIVILEGED)
-    wrong = {"engine's socket", "file of the host's kernel", "disk of the host", "mount", "processes of the host"}
+    wrong = {"engine's socket", "file of the host's kernel", "mount", "processes of the host"}
+    if any(readable(f"/dev/{file.parent.name}") for file in Path("/sys/class/block").glob("*/dev")):
+        wrong |= {"disk of the host"}  # a machine may keep its disks even from root
     assert wrong <= red(proofs)
+
+
+def readable(disk: str) -> bool:
+    try:
+        os.close(os.open(disk, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 def test_ceilings_that_were_raised_turn_it_red(live: Deployment) -> None:
