@@ -191,7 +191,8 @@ class Pip:
     arguments: tuple[str, ...]
 
     def _stamp(self, machine: Machine) -> tuple[Path, str]:
-        return machine.venv / f"{self.file}.stamp", stamp([machine.root / self.file], machine.venv)
+        # Of the place itself: a copy of the checkout whose .venv is a link would install again, over the original's.
+        return machine.venv / f"{self.file}.stamp", stamp([machine.root / self.file], machine.venv.resolve())
 
     def missing(self, machine: Machine) -> str | None:
         file, wanted = self._stamp(machine)

@@ -15,6 +15,7 @@ import docker
 import pytest
 import yaml
 
+from components import agent, firewall
 from tests.deployed import LABEL, copied, isolated, labelled, removed
 
 PROD, DEV, STAGING = ENVIRONMENTS = "e2e-prod", "e2e-dev", "e2e-staging"
@@ -134,9 +135,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClien
         yield made
     finally:
         removed(engine, ENVIRONMENTS)
+        for script in (agent.remove(), firewall.scripts("")[1]):  # what a run that was cut off has left of the host
+            subprocess.run(["/bin/sh", "-euc", script], check=False, capture_output=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
     """A project of the module's own, not yet deployed."""
     with project(tmp_path_factory, engine) as made:

@@ -118,6 +118,7 @@ def test_container_addresses_turn_it_red_where_the_engine_forwards(live: Deploym
     assert {"container, TCP", "container, UDP", "container, ICMP", "any packet"} <= wrong
 
 
+@pytest.mark.pending
 def test_ipv6_turns_it_red_without_the_firewall(live: Deployment, engine: docker.DockerClient) -> None:
     made = []
     try:
@@ -149,6 +150,7 @@ def test_a_container_of_prod_on_a_network_of_dev_turns_it_red(live: Deployment, 
     assert {"container, TCP", "container, ICMP", "name of a container"} <= wrong
 
 
+@pytest.mark.pending
 def test_a_privileged_container_turns_it_red(live: Deployment) -> None:
     proofs = tried(*PRIVILEGED)
     wrong = {"engine's socket", "file of the host's kernel", "mount", "processes of the host"}
