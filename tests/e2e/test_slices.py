@@ -24,7 +24,7 @@ from settings.ledger import Budget, Capacity, Environment, Ledger, Tier, slice_n
 pytestmark = pytest.mark.e2e
 
 MIB = 2**20
-NAME = "hx-slices"
+NAME = "e2e-slices"
 IMAGE = "debian:bookworm-slim"
 MEMORY, PIDS, DISK = 64 * MIB, 64, 24 * MIB
 SPEED = {"read_bps": 10**9, "write_bps": 8_000_000, "read_iops": 10**6, "write_iops": 10**6}
