@@ -140,7 +140,9 @@ def prove(agent: Agent, console: Console, options: Sequence[str] = ()) -> int:
         console.print(table, markup=False)
         if len(wrong) > SHOWN_PATHS:
             console.print(f"and {len(wrong) - SHOWN_PATHS} more: /var/lib/bulkhead/prove.json on the host")
-        console.print("Next step: make verify names what differs on the host; make up restores it", style="red")
+        console.print(
+            f"Next step: make verify names what differs on the host; {DIFFERENCES}", style="red", soft_wrap=True
+        )
     must_fail = sum(one["expected"] == "blocked" for one in result["proofs"])
     console.print(
         f"Proof: {result['paths']} paths tried, {must_fail} must fail, {result['paths'] - must_fail} must work: "

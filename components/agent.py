@@ -171,7 +171,7 @@ def remove() -> str:
     return (
         f"{PATH}{stop()}"
         f"rm -rf {LIBRARY} {DECLARED}/host.json {DECLARED}/stacks {STATE}/metrics {RUN}\n"
-        f"rm -f {STATE}/verify.json {STATE}/keep.json {STATE}/watch.log {STATE}/watch.log.1\n"
+        f"rm -f {STATE}/verify.json {STATE}/keep.json {STATE}/prove.json {STATE}/watch.log {STATE}/watch.log.1\n"
         "if [ -d /run/systemd/system ]; then\n"
         f"  rm -f {' '.join(f'{UNITS}/{name}' for name in units())}\n  systemctl daemon-reload\nfi\n"
         f"for folder in {DECLARED} {STATE}; do\n"

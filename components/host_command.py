@@ -36,7 +36,8 @@ class HostCommand(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: HostCommandArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:HostCommand", name, None, opts)
-        child = pulumi.ResourceOptions(parent=self)
+        # In the other order a replacement's delete would undo what its create has just done: both name the same things.
+        child = pulumi.ResourceOptions(parent=self, delete_before_replace=True)
         command: local.Command | remote.Command
         if ssh.is_remote(args.host):
             create = pulumi.Output.from_input(args.create).apply(lambda script: ssh.as_root(script, args.environment))

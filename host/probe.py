@@ -214,11 +214,18 @@ def attempt(wanted: list[dict[str, Any]]) -> list[str]:
 
 
 def listen() -> None:
-    """Answers on `PORT`, and remembers every packet that arrives; `CONTROL` tells of them."""
+    """Answers on `PORT`, and remembers every packet that arrives; `CONTROL` tells of them, once all of it listens."""
     seen: set[tuple[str, str, int, str]] = set()
-    threading.Thread(target=_sniff, args=(seen,), daemon=True).start()
-    threading.Thread(target=_answer_udp, daemon=True).start()
-    threading.Thread(target=_answer_tcp, daemon=True).start()
+    with contextlib.suppress(PermissionError):
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        threading.Thread(target=_sniff, args=(wire, seen), daemon=True).start()
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("", PORT))
+    threading.Thread(target=_answer_udp, args=(udp,), daemon=True).start()
+    six = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if six else socket.AF_INET
+    tcp = socket.create_server(("::" if six else "", PORT), family=family, dualstack_ipv6=six)
+    threading.Thread(target=_answer_tcp, args=(tcp,), daemon=True).start()
     with socket.create_server(("127.0.0.1", CONTROL)) as control:
         while True:
             asker, _ = control.accept()
@@ -232,13 +239,12 @@ def seen() -> str:
         return b"".join(iter(lambda: control.recv(65536), b"")).decode()
 
 
-def _sniff(seen: set[tuple[str, str, int, str]]) -> None:
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL)) as wire:
-        while True:
-            packet, where = wire.recvfrom(65536)
-            if where[2] != PACKET_OUTGOING and len(seen) < SEEN_AT_MOST and packet:
-                with contextlib.suppress(IndexError, struct.error, OSError):
-                    seen.add(_read(packet))
+def _sniff(wire: socket.socket, seen: set[tuple[str, str, int, str]]) -> None:
+    while True:
+        packet, where = wire.recvfrom(65536)
+        if where[2] != PACKET_OUTGOING and len(seen) < SEEN_AT_MOST and packet:
+            with contextlib.suppress(IndexError, struct.error, OSError):
+                seen.add(_read(packet))
 
 
 def _read(packet: bytes) -> tuple[str, str, int, str]:
@@ -253,20 +259,15 @@ def _read(packet: bytes) -> tuple[str, str, int, str]:
     return {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMP6: "icmp6"}.get(protocol, str(protocol)), sender, port, token
 
 
-def _answer_tcp() -> None:
-    six = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if six else socket.AF_INET
-    with socket.create_server(("::" if six else "", PORT), family=family, dualstack_ipv6=six) as server:
-        while True:
-            server.accept()[0].close()
+def _answer_tcp(server: socket.socket) -> None:
+    while True:
+        server.accept()[0].close()
 
 
-def _answer_udp() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("", PORT))
-        while True:
-            said, sender = server.recvfrom(1500)
-            server.sendto(said, sender)
+def _answer_udp(server: socket.socket) -> None:
+    while True:
+        said, sender = server.recvfrom(1500)
+        server.sendto(said, sender)
 
 
 def _reached(action: Callable[[], object], success: str) -> str:

@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ REPOSITORY = "bulkhead/probe"
 PYTHON = Path("/usr/bin/python3")
 ENGINE = "see that the engine answers: docker info"
 SECONDS = 300
+LISTENS_SECONDS = 30
 AT_A_TIME = 8
 PORTS_AT_MOST = 64  # of one address; what listens beyond it is named as not tried
 CLOSED = 9  # discard: nothing listens there, so a refusal shows that the packet arrived
@@ -412,6 +414,7 @@ def _started(
             *(made, str(PYTHON), "-ESs", "/probe.py", "listen"),
         ).strip()
     (listener,) = inspected("container", [ids["listener"]])
+    _listens(ids["listener"])
     gateways = [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
     attached = listener["NetworkSettings"]["Networks"].values()
     gateways += [net[key] for net in attached for key in ("Gateway", "IPv6Gateway") if net.get(key)]
@@ -423,6 +426,24 @@ def _started(
         listener=ids["listener"],
         listens=tuple(addresses(attached)),
     )
+
+
+def _listens(listener: str) -> None:
+    """Waits until a listener answers: what comes before that is refused, and no proof of anything."""
+    deadline = time.monotonic() + LISTENS_SECONDS
+    while True:
+        try:
+            seen(listener)
+            return
+        except Undecided:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def seen(listener: str) -> str:
+    """What a listener has seen, as JSON."""
+    return docker("exec", listener, str(PYTHON), "-ESs", "/probe.py", "seen")
 
 
 def asked(container: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -623,8 +644,8 @@ def _neighbour(address: str) -> str:
 
 def heard(network: Network) -> list[tuple[str, str, int, str]]:
     """What a listener has seen."""
-    said = docker("exec", network.listener, str(PYTHON), "-ESs", "/probe.py", "seen")
-    return [(str(kind), str(sender), int(port), str(found)) for kind, sender, port, found in json.loads(said)]
+    found = json.loads(seen(network.listener))
+    return [(str(kind), str(sender), int(port), str(token)) for kind, sender, port, token in found]
 
 
 def ceilings(name: str, declared: Mapping[str, Any], source: Network) -> Iterator[Proof]:

@@ -310,16 +310,21 @@ def value(word: str) -> str:
     return "max" if word in ("-1", "max") or (word.isdigit() and int(word) >= UNLIMITED) else word
 
 
-def placement(
-    declared: Declared, inspected: Sequence[Mapping[str, Any]], running: Sequence[Process]
-) -> Iterator[Difference]:
-    """Processes of an environment's containers outside its slice, and of no container inside one."""
-    ours = {
+def parents_of(declared: Declared) -> dict[str, tuple[str, str]]:
+    """The environment of each declared container, and the slice that it belongs in, by its id."""
+    return {
         identifier: (environment, stack["slice"]["cgroup_parent"])
         for environment, stack in declared.stacks.items()
         for service in stack["services"].values()
         for identifier in service["containers"]
     }
+
+
+def placement(
+    declared: Declared, inspected: Sequence[Mapping[str, Any]], running: Sequence[Process]
+) -> Iterator[Difference]:
+    """Processes of an environment's containers outside its slice, and of no container inside one."""
+    ours = parents_of(declared)
     known = {container["State"]["Pid"]: container for container in inspected if container["Id"] in ours}
     spaces = {process.namespace: known[process.pid] for process in running if process.pid in known}
     # Of a container in the host's pid namespace only the first process can be told from the host's own.
@@ -351,19 +356,17 @@ def ceilings(
     declared: Declared, inspected: Sequence[Mapping[str, Any]], running: Sequence[Process], places: Places
 ) -> Iterator[Difference]:
     """Limits of containers in the kernel that are others than the engine says: written past it."""
-    ours = {
-        identifier: environment
-        for environment, stack in declared.stacks.items()
-        for service in stack["services"].values()
-        for identifier in service["containers"]
-    }
+    ours = parents_of(declared)
     groups = {process.pid: process.groups for process in running}
     for container in inspected:
         group = groups.get(container["State"]["Pid"])
         if container["Id"] not in ours or not group:
             continue
+        environment, parent = ours[container["Id"]]
+        if not all(inside(path, parent) for path in group.values()):
+            continue  # it was moved, which is a difference of its own, and these files are another group's
         wanted = container_files(container["HostConfig"], group)
-        for one in files(ours[container["Id"]], wanted, places):
+        for one in files(environment, wanted, places):
             yield one._replace(what=f"{SLICE_FILE} of {named(container)}")
 
 
@@ -457,7 +460,8 @@ def firewall(name: str, declared: str, observed: str | None) -> Iterator[Differe
     """Statements of the table that are missing or added; `name` is its family and name."""
     if observed is None:
         rules = sum(map(len, statements(declared).values()))
-        yield Difference(HOST, "firewall table removed", f"nftables {name}", f"{rules} statements", ABSENT)
+        expected = f"{rules} statements" if rules else "as it was deployed"
+        yield Difference(HOST, "firewall table removed", f"nftables {name}", expected, ABSENT)
         return
     wanted, there = statements(declared), statements(observed)
     for block in dict.fromkeys([*wanted, *there]):
@@ -570,10 +574,13 @@ def look(places: Places) -> Look:
 
 def firewall_(declared: Declared, file: Path) -> Iterator[Difference]:
     family, table = declared.host["firewall"]["family"], declared.host["firewall"]["table"]
-    if not file.exists():
-        yield Difference(HOST, "firewall's file removed", str(file), "the table as it was deployed", ABSENT)
+    there = listing(family, table)
+    if file.exists():
+        yield from firewall(f"{family} {table}", listing(family, table, file) or "", there)
         return
-    yield from firewall(f"{family} {table}", listing(family, table, file) or "", listing(family, table))
+    yield Difference(HOST, "firewall's file removed", str(file), "the table as it was deployed", ABSENT)
+    if there is None:
+        yield from firewall(f"{family} {table}", "", there)
 
 
 def settled(

@@ -281,6 +281,17 @@ def test_a_change_by_hand_is_reported_within_a_period_and_no_longer_once_undone(
     assert within(PERIOD, lambda: not told()), told()
 
 
+def test_a_firewall_whose_file_is_gone_too_is_written_again_as_the_runbook_says(live: Deployment) -> None:
+    nft("delete", "table", *TABLE)
+    Path("/etc/bulkhead/firewall.nft").unlink()
+    ran = live.make("verify")
+    assert ran.returncode != 0
+    assert "host: firewall's file removed" in ran.stdout
+    assert "host: firewall table removed" in ran.stdout
+    live.done("pulumi", args="up --yes --stack host --replace **firewall-table-*")
+    assert "As declared" in live.done("verify")
+
+
 def test_metrics_tell_how_many_differences_there_are() -> None:
     text = Path("/var/lib/bulkhead/metrics/verify.prom").read_text()
     assert f'bulkhead_verify_differences{{environment="{DEV}"}} 0' in text

@@ -1,6 +1,7 @@
 """What `verify` says of declarations and inspections, of nft listings, cgroup files and processes; when it says it."""
 
 import argparse
+import ast
 import json
 import os
 import time
@@ -399,6 +400,12 @@ def test_a_limit_written_past_the_engine_is_told_with_its_file(tmp_path: Path) -
     assert found == Difference("dev", what, f"/sys/fs/cgroup/bulkhead-dev/{WEB}/cpu.max", "50000 100000", "max 100000")
 
 
+def test_the_limits_of_a_process_that_was_moved_are_those_of_another_group(tmp_path: Path) -> None:
+    inspected = all_well()
+    moved = Process(inspected[1]["State"]["Pid"], "pid:[2]", {"memory": "/", "cpu": f"/bulkhead-dev/{WEB}"})
+    assert list(verify.ceilings(DECLARED, inspected, [moved], Places(tmp_path))) == []
+
+
 def test_processes_are_read_with_their_namespace_and_those_that_have_ended_are_left_out(tmp_path: Path) -> None:
     process = tmp_path / "proc/77"
     (process / "ns").mkdir(parents=True)
@@ -537,10 +544,19 @@ def test_two_rules_in_the_other_order_are_a_difference() -> None:
     assert list(verify.firewall("inet bulkhead", TABLE, TABLE.replace(first + second, second + first)))
 
 
-def test_the_firewalls_file_is_missed_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        (TABLE, ["firewall's file removed"]),  # what it should be cannot be told, and that it is there can
+        (None, ["firewall's file removed", "firewall table removed"]),
+    ],
+)
+def test_the_firewalls_file_is_missed_too(
+    table: str | None, found: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     declared = Declared({"firewall": {"family": "inet", "table": "bulkhead"}, "environments": {}}, {})
-    (found,) = verify.firewall_(declared, tmp_path / "firewall.nft")
-    assert found[1:3] == ("firewall's file removed", str(tmp_path / "firewall.nft"))
+    monkeypatch.setattr(verify, "listing", lambda *_: table)
+    assert [one.what for one in verify.firewall_(declared, tmp_path / "firewall.nft")] == found
 
 
 # What looks regularly.
@@ -764,6 +780,20 @@ def test_a_container_that_goes_between_the_list_and_the_inspection_is_asked_for_
 def test_a_host_without_a_declaration_is_undecided(tmp_path: Path) -> None:
     with pytest.raises(Undecided, match=r"host\.json.*make up"):
         verify.read(Places(tmp_path))
+
+
+# What to do about it.
+
+
+def test_the_runbook_says_what_to_do_about_each_kind_of_difference() -> None:
+    kinds = {limit.what for limit in verify.LIMITS} | {verify.SLICE_FILE, "undecided", "subnet of a network"}
+    for node in ast.walk(ast.parse(Path(verify.__file__).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Difference":
+            kinds |= {str(one.value) for one in node.args[1:2] if isinstance(one, ast.Constant)}
+    page = (Path(__file__).parents[2] / "docs/runbooks/differences.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    assert len(kinds) > 20
+    assert not [kind for kind in kinds if kind not in rows]
 
 
 # The command line.
