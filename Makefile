@@ -77,11 +77,11 @@ diagram: ## A picture of the deployed environments, networks and budgets: make d
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "not vm and not interference and not pending" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not vm and not interference" $(ARGS)
 
 test-slow: ## Tests that boot a virtual machine or run the interference benchmark, which make test leaves out
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "vm or interference or pending" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "vm or interference" $(ARGS)
 
 test-engine: ## Vet and test the Go parts of the engine
 	@$(SETUP) test

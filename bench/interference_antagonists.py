@@ -23,6 +23,7 @@ PROCESSES = 500
 WRITES, SYNCED = "1g", "512m"
 """Files that are written over and over: 1.5 GiB of disk at most. The file that is streamed is all hole."""
 
+FILE = "/scratch/load"
 GRACE = 15
 """Seconds after its time at which an antagonist is killed whatever it does."""
 
@@ -219,14 +220,18 @@ def stress_rate(said: str) -> float:
     return int(found[1]) / float(found[2])
 
 
-def fio(options: str, before: str = ":") -> Callable[[Dev, Bounds, int, int], Running]:
-    """fio with these options, after the command `before`; `{…}` in them are `Bounds`. It leaves out its own lead."""
+def fio(options: str, size: str) -> Callable[[Dev, Bounds, int, int], Running]:
+    """fio with these options on a file of this size; `{…}` in both are `Bounds`. It leaves out its own lead.
+
+    The file is new each time: pages that are in the cache already, or blocks that are written already, would make an
+    arm's work depend on the arms before it.
+    """
 
     def start(dev: Dev, bounds: Bounds, lead: int, seconds: int) -> Running:
         script = (
-            f"{before}; (sleep {lead}; echo {MEASURED}) & "
+            f"rm -f {FILE}; truncate --size={size} {FILE}; (sleep {lead}; echo {MEASURED}) & "
             f"fio --name=load --ioengine=psync --time_based --ramp_time={lead} --runtime={seconds} "
-            f"--output-format=json {options}; wait"
+            f"--output-format=json --filename={FILE} --size={size} {options}; wait; rm -f {FILE}"
         ).format(stream=bounds.stream)
         return InContainer(dev.containers["load"], script, lead + seconds, fio_rate)
 
@@ -295,22 +300,19 @@ ANTAGONISTS: Mapping[str, Antagonist] = {
             "stream",
             "a file twice the memory's size (all hole) read through the page cache",
             "bytes",
-            fio(
-                "--filename=/scratch/stream --rw=read --bs=1m --size={stream} --direct=0 --invalidate=0",
-                before="truncate --size={stream} /scratch/stream",
-            ),
+            fio("--rw=read --bs=1m --direct=0 --invalidate=0", "{stream}"),
         ),
         Antagonist(
             "writes",
             f"buffered writes, over and over in a file of {WRITES}",
             "bytes",
-            fio(f"--filename=/scratch/writes --rw=write --bs=256k --size={WRITES} --direct=0"),
+            fio("--rw=write --bs=256k --direct=0", WRITES),
         ),
         Antagonist(
             "sync",
             f"direct writes of 16 KiB at random in a file of {SYNCED}, with fsync after each",
             "bytes",
-            fio(f"--filename=/scratch/sync --rw=randwrite --bs=16k --size={SYNCED} --direct=1 --fsync=1"),
+            fio("--rw=randwrite --bs=16k --direct=1 --fsync=1", SYNCED),
         ),
         Antagonist(
             "forks",

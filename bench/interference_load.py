@@ -18,6 +18,10 @@ import numpy.typing as npt
 TIMEOUT = 3.0
 """Seconds that a request may take. A failed one counts with at least this latency: refusing fast is not being fast."""
 
+GRAIN = 0.001
+"""Seconds by which the generator's timers may be late (epoll counts in ms): requests come a little irregularly, and
+none of that is waiting."""
+
 SLOT = 0.25
 """Seconds of a slot of `Seen.slots`."""
 
@@ -76,7 +80,7 @@ def seen(sent: Numbers, latency: Numbers, good: npt.NDArray[np.bool_], number: N
     began = float((sent - number / rate).min())
     intended = began + number / rate
     lag = sent - intended
-    answered = lag + latency
+    answered = np.maximum(lag - GRAIN, 0) + latency
     waited = np.where(good, answered, np.maximum(answered, TIMEOUT))
     end = float((intended + answered)[good].max() - began) if good.any() else 0.0
     p50, p99 = np.percentile(waited, [50, 99])

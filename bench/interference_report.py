@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.interference_antagonists import ANTAGONISTS
+from bench.interference_load import GRAIN
 from bench.interference_results import (
     AGAIN,
     ALONE,
@@ -45,6 +46,8 @@ METRICS: Mapping[str, str] = {
     "sum": "Prod's throughput and dev's work together",
     "left": "Dev's work, to what prod alone left of the machine",
     "reclaim": "Seconds until prod is served as when alone",
+    "lag": "How late the generator itself was (99th percentile, ms)",
+    "steal": "Share of the CPU time that the hypervisor took",
 }
 DEVS = ("work", "sum", "left")
 """Metrics of dev's, which prod alone has not."""
@@ -113,7 +116,7 @@ def shown(estimate: Estimate | None, metric: str) -> str:
     if estimate is None:
         return NOTHING
     digits = 2 if metric != "errors" and max(abs(estimate.value), abs(estimate.high or 0)) < 10 else 1
-    digits = 3 if metric in ("throughput", "errors") else digits
+    digits = 3 if metric in ("throughput", "errors", "steal") else digits
     value = f"{estimate.value:.{digits}f}"
     if estimate.low is None or estimate.high is None:
         return value
@@ -222,6 +225,7 @@ def page(found: Mapping[str, Any]) -> str:
         "p99": f"{TARGETS['p99'].tolerance:.0%}",
         "left": f"{LEFT_TARGET:.0%}",
         "fewest": FEWEST,
+        "grain": 1000 * GRAIN,
         "lag": f"{settings['rules']['lag_ms']:g}",
         "unsent": f"{settings['rules']['unsent']:.0%}",
         "steal": f"{settings['rules']['steal']:.0%}",
@@ -269,14 +273,17 @@ Prod is the example shop under a constant rate of requests (Vegeta); dev does on
 - A block is one antagonist at one load with every arm once, in random order. Numbers are ratios within a block,
   averaged over blocks, with 95 % intervals from bootstrapping blocks (bootstrap-t, from {fewest} blocks on).
 - In each arm dev has the machine to itself for {lead} s, then prod is asked for {seconds} s. Latencies count from when
-  a request was due. One that fails counts with at least its timeout.
+  a request was due (give or take the {grain:g} ms of the generator's timers). One that fails counts with at least its
+  timeout.
 - Both deployments of the shop have the same images and compose files. The one that is not measured is paused.
 - Generator, shop and dev share the machine, as they would not in life. The generator has the highest priority, and its
   CPU time is part of the utilisation.
 - Static partitions are the quotas of `deploy.resources.limits`. Prod's is cut by what each service used at capacity,
   which is better than a guess.
-- A block is void if in any arm the generator sent late (99th percentile above {lag} ms) or not at all (above {unsent}),
-  if more than {steal} of the CPU time was stolen, or if the antagonist or prod did not run: set before measuring.
+- A block is void if with prod alone the generator sent late (99th percentile above {lag} ms) or more than {steal} of
+  the CPU time was stolen; if in any arm more than {unsent} of the requests were not sent, or the antagonist or prod did
+  not run: set before measuring. Lateness and stolen time beside dev are part of what dev does to the machine: they have
+  tables of their own, below.
 - Prod alone is measured twice in each block (A/A). Where that interval is wider than a target, this host cannot
   certify it.
 """

@@ -43,12 +43,16 @@ def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], agent: Agent, consol
     with agent.deploying(stacks.names):
         changed: list[str] = []
         code = deploy(pulumi, stacks, pack, changed, console)
-        declared = agent.declared()
-        for name in stacks.environments:
-            # Also of a deploy that failed: the stacks before it are as they say.
-            if name in changed or (code == 0 and name not in declared):
-                agent.declare(name, pulumi.outputs(name))
-    return code or agents.prove(agent, console)
+        # Also of a deploy that failed: the stacks before it are as they say. And of one without changes: a plain
+        # `pulumi up` before it has told the host nothing.
+        for name in stacks.environments if code == 0 else changed:
+            agent.declare(name, pulumi.outputs(name))
+    if code:
+        return code
+    if not agent.declared():
+        console.print("Proof: no environment is deployed yet, so there is nothing to try a way from")
+        return 0
+    return agents.prove(agent, console)
 
 
 def deploy(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], changed: list[str], console: Console) -> int:

@@ -69,7 +69,7 @@ KNOWN_BAD = (
     ),
 )
 
-# Controllers by what they carry; v1 calls the last one blkio.
+UNIFIED = "kernel parameter systemd.unified_cgroup_hierarchy=1"
 # sshd gives itself that; keep (host/keep.py) gives the engine its own, which Debian's docker.io starts with 0.
 PROTECTED_SCORES = {"dockerd": -500, "containerd": -500, "sshd": -1000}
 UNITS = {"dockerd": "docker", "sshd": "ssh"}
@@ -136,23 +136,24 @@ def io_isolation(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Li
     """Whether a best-effort environment's reads and writes leave any to the others, and by what means."""
     device = facts.device
     if not facts.io or device is None:
-        where = "the engine's data is on no block device" if device is None else "the kernel has no IO controller"
-        unseen = facts.controllers is None
-        yield Line(
-            "IO isolation",
-            Status.WARN,
-            "not read: there is no python3 on the engine's machine" if unseen else f"none: {where}",
-            "Install python3 there." if unseen else "Put Docker's data-root on a disk of its own with ext4 or xfs.",
-        )
+        if facts.controllers is None:
+            found, remedy = "not read: there is no python3 on the engine's machine", "Install python3 there."
+        elif device is None:
+            found = "none: the engine's data is on no block device"
+            remedy = "Put Docker's data-root on a disk of its own with ext4 or xfs."
+        elif facts.ceilings_stop_at_units and "blkio" in facts.controllers:
+            found = f"none: {device.name} honours no weights, and slice units have no ceilings on cgroup v1"
+            remedy = f"{_weights(device.name)} Or boot with cgroup v2: {UNIFIED}."
+        else:
+            found = "none: the kernel has no IO controller"
+            remedy = "Use a kernel that has one (CONFIG_BLK_CGROUP and CONFIG_BLK_DEV_THROTTLING)."
+        yield Line("IO isolation", Status.WARN, found, remedy)
         return
     disk = f"{device.name} ({', '.join(device.schedulers)})"
     if device.weights:
         yield Line("IO isolation", Status.OK, f"{disk}: by weights ({device.weights}); best-effort has the lowest")
         return
-    better = (
-        f"For weights instead, which use what is idle: echo bfq > /sys/block/{device.name}/queue/scheduler (keep it "
-        "with a udev rule), or turn iocost on (cgroup v2); then make up ENV=host."
-    )
+    better = _weights(device.name)
     speed = facts.measured
     if speed is None or speed.get("device") != device.number:
         yield Line("IO isolation", Status.WARN, f"{disk}: none yet; the next make up measures the disk", better)
@@ -173,8 +174,15 @@ def io_isolation(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Li
         better = f"Lower limits.io in Pulumi.host.yaml. {better}"
     if facts.cgroup_version == 1:
         found += ". On cgroup v1 only direct IO and reads are held, not writes through the page cache"
-        better += " Or boot with cgroup v2: kernel parameter systemd.unified_cgroup_hierarchy=1."
+        better += f" Or boot with cgroup v2: {UNIFIED}."
     yield Line("IO isolation", Status.WARN if full or facts.cgroup_version == 1 else Status.OK, found, better)
+
+
+def _weights(disk: str) -> str:
+    return (
+        f"For weights, which use what is idle: echo bfq > /sys/block/{disk}/queue/scheduler (keep it with a udev "
+        "rule), or turn iocost on (cgroup v2); then make up ENV=host."
+    )
 
 
 def cpu_class(facts: HostFacts) -> Line:

@@ -73,6 +73,18 @@ def processes(groups: Iterable[Path]) -> set[int]:
     return found
 
 
+def populated(group: Path) -> list[Path]:
+    """The groups below this one, however deep, that have processes of their own."""
+    found = []
+    for listed in group.rglob("*/cgroup.procs"):
+        try:
+            if listed.read_text().strip():
+                found.append(listed.parent)
+        except OSError:
+            continue  # the group has just gone
+    return found
+
+
 def raise_scores(groups: Sequence[Path], wanted: int, places: Places) -> tuple[int, int]:
     """Gives every process of the groups at least this score. Returns how many there are, and how many were changed.
 
@@ -100,16 +112,16 @@ def raise_scores(groups: Sequence[Path], wanted: int, places: Places) -> tuple[i
 def spread(slices: Mapping[str, str], groups: Iterable[Path], places: Places) -> int:
     """Divides a slice's throttles (`slices`: its declared files) among the groups in it that have processes.
 
-    On cgroup v1 a throttle holds for the processes of its own group only, not for those of groups below (measured). In
-    equal parts, so that all together stay below the ceiling whichever of them is busy; where the slice has no ceiling
-    any more, theirs go too. Returns how many groups have one.
+    On cgroup v1 a throttle holds for the processes of its own group only, not for those of groups below (measured), and
+    BuildKit has its groups one deeper than containers. In equal parts, so that all together stay below the ceiling
+    whichever of them is busy; where the slice has no ceiling any more, theirs go too. Returns how many groups have one.
     """
     declared = {places.root / path.lstrip("/"): ceiling for path, ceiling in slices.items()}
     throttled = set()
     for group in groups:
         for file in group.glob("blkio.throttle.*_device"):
             number, _, amount = declared.get(file, "").partition(" ")
-            inner = [one for one in group.glob("*/") if (one / file.name).exists() and processes([one])]
+            inner = [one for one in populated(group) if (one / file.name).exists()]
             for one in inner:
                 part = {number: str(max(1, int(amount) // len(inner)))} if number else {}
                 try:
@@ -302,17 +314,18 @@ def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places)
     limited = {
         name: one for name, one in declared["environments"].items() if one.get("disk") and one["tier"] == BEST_EFFORT
     }
+    known = {name: ((before.get("environments") or {}).get(name) or {}).get("disk") or {} for name in environments}
+    freed = [name for name in environments if name not in limited and known[name].get("paused")]
     try:
-        containers = inspected() if limited else []
+        containers = inspected() if limited or freed else []
         for name, promised in limited.items():
-            known = ((before.get("environments") or {}).get(name) or {}).get("disk") or {}
-            environments[name]["disk"] = disk(name, promised, containers, known, name in under_way)
+            environments[name]["disk"] = disk(name, promised, containers, known[name], name in under_way)
+        for name in freed:  # its ceiling has been taken away while it was above it
+            hold(0, 0, containers, known[name], False, 0)
     except (Undecided, subprocess.TimeoutExpired) as error:
         undecided.append(str(error))
-        for name in limited:  # what is paused has to be known at the next run
-            environments[name]["disk"] = environments[name]["disk"] or (
-                ((before.get("environments") or {}).get(name) or {}).get("disk")
-            )
+        for name in (*limited, *freed):  # what is paused has to be known at the next run
+            environments[name]["disk"] = environments[name]["disk"] or known[name] or None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "environments": environments,

@@ -67,8 +67,10 @@ def deploying(places: Places, now: float | None = None) -> frozenset[str]:
     return frozenset(found)
 
 
-def ask(command: Sequence[str], remedy: str, variables: Mapping[str, str] = {}) -> str:
-    """Standard output of a command. `Undecided` with the remedy when it fails or takes longer than ANSWER_SECONDS."""
+def ask(
+    command: Sequence[str], remedy: str, variables: Mapping[str, str] = {}, *, seconds: float = ANSWER_SECONDS
+) -> str:
+    """Standard output of a command. `Undecided` with the remedy when it fails or takes longer than `seconds`."""
     try:
         done = subprocess.run(
             command,
@@ -76,7 +78,7 @@ def ask(command: Sequence[str], remedy: str, variables: Mapping[str, str] = {}) 
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=ANSWER_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

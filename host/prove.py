@@ -7,6 +7,7 @@ import hashlib
 import io
 import ipaddress
 import json
+import os
 import pkgutil
 import re
 import secrets
@@ -31,7 +32,7 @@ PYTHON = Path("/usr/bin/python3")
 ENGINE = "see that the engine answers: docker info"
 SECONDS = 300
 LISTENS_SECONDS = 30
-AT_A_TIME = 8
+AT_A_TIME = min(8, 2 * (os.cpu_count() or 1))  # starting a container takes CPU: more only wait for each other
 PORTS_AT_MOST = 64  # of one address; what listens beyond it is named as not tried
 CLOSED = 9  # discard: nothing listens there, so a refusal shows that the packet arrived
 
@@ -212,8 +213,8 @@ def prove(places: Places, options: Options) -> list[Proof]:
 
 
 def docker(*words: str) -> str:
-    """Output of a `docker` command."""
-    return ask(["docker", *words], ENGINE)
+    """Output of a `docker` command. A busy engine takes its time to start a container."""
+    return ask(["docker", *words], ENGINE, seconds=SECONDS)
 
 
 def inspected(kind: str, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -82,11 +82,20 @@ class HostFacts(Frozen):
 
     @property
     def io(self) -> Literal["iocost", "bfq", "throttle", ""]:
-        """How IO can be divided there: by weights, by ceilings on best-effort, or not at all."""
+        """How IO can be divided there: by weights, by ceilings on best-effort, or not at all.
+
+        On cgroup v1 a ceiling does not reach the groups below its own, where the containers are. `host/keep.py` writes
+        theirs, but the groups of units are systemd's.
+        """
         controller = "io" if self.cgroup_version == 2 else "blkio"
         if self.device is None or controller not in (self.controllers or ()):
             return ""
-        return self.device.weights or "throttle"
+        return self.device.weights or ("" if self.ceilings_stop_at_units else "throttle")
+
+    @property
+    def ceilings_stop_at_units(self) -> bool:
+        """Ceilings on IO would hold for nothing in a slice: units on cgroup v1."""
+        return self.cgroup_version == 1 and self.cgroup_driver == "systemd"
 
     @property
     def cpu_idle(self) -> bool:

@@ -33,7 +33,7 @@ LEDGER: dict[str, Any] = {
             "tier": "best-effort",
             "subnet": "10.92.0.0/16",
             "subnet6": "fd92::/48",
-            "limits": {"cpus": "100%", "memory": "20%", "pids": 2048},
+            "limits": {"cpus": "100%", "memory": "20%", "pids": 2048, "disk": "512MiB"},
         },
         STAGING: {
             "tier": "best-effort",
@@ -44,24 +44,20 @@ LEDGER: dict[str, Any] = {
 }
 
 
-LIVE = ("test_prove.py", "test_verify.py")
+LIVE = ("test_prove.py", "test_verify.py", "test_faults.py")
 """Modules that need a deployment with all its environments, and leave it as they find it."""
-TAKEN_DOWN = "test_down_of_a_protected_environment_asks_for_its_name"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs LIVE modules on the deployment of test_deployment.py, just before that takes it down."""
-    live = [item for item in items if item.path.name in LIVE and item.path.parent == Path(__file__).parent]
-    others = [item for item in items if item not in live]
-    at = next((place for place, item in enumerate(others) if item.name == TAKEN_DOWN), len(others))
-    items[:] = [*others[:at], *live, *others[at:]]
+    """Runs LIVE modules last, so that nothing else is deployed while `live` is there."""
+    items.sort(key=lambda item: item.path.name in LIVE and item.path.parent == Path(__file__).parent)
 
 
 class Deployment:
-    """A copy of the checkout, and the commands that a user gives in it."""
+    """A copy of the checkout, and the commands that a user gives in it; `seconds`: what each of them may take."""
 
-    def __init__(self, folder: Path, state: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, state: Path, seconds: float = 900) -> None:
+        self.folder, self.seconds = folder, seconds
         self.environment = isolated(state)
 
     def make(self, target: str, stack: str = "", args: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +72,7 @@ class Deployment:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=900,
+            timeout=self.seconds,
             check=False,
         )
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.conftest import DEV, PROD, Deployment, running
 
-pytestmark = [pytest.mark.e2e, pytest.mark.pending]
+pytestmark = pytest.mark.e2e
 
 PROGRAM = "/usr/local/lib/bulkhead/host.pyz"
 REPORT = Path("/var/lib/bulkhead/verify.json")

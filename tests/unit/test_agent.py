@@ -145,7 +145,7 @@ def test_all_that_is_installed_and_found_is_removed_and_nothing_of_others(system
     others.write_text("table inet bulkhead { }\n")
     before = machine.files()
     machine.run(install(machine.archive, DECLARED))
-    for name in ("verify.json", "keep.json", "watch.log", "metrics/verify.prom"):
+    for name in ("verify.json", "keep.json", "prove.json", "watch.log", "metrics/verify.prom"):
         (machine.root / "var/lib/bulkhead" / name).touch()
     (machine.root / "etc/bulkhead/stacks/dev.json").touch()
     started = machine.run(remove())

@@ -350,6 +350,7 @@ class Host(Agent):
         return frozenset(self.known)
 
     def declare(self, stack: str, outputs: Mapping[str, Any]) -> None:
+        self.known.add(stack)
         self.told.append(f"declare {stack}: {outputs}")
 
     def forget(self, stack: str) -> None:
@@ -498,14 +499,24 @@ def test_the_host_is_told_what_was_deployed_and_the_proof_comes_last(console: Co
     recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
     host = Host(declared=["prod", "dev"])
     assert deploy.up(recorder, ALL, PACK, host, console) == 0
-    assert host.told == ["deploying host prod dev", "declare dev: {'environment': 'dev'}", "deployed", "prove"]
+    assert host.told[0] == "deploying host prod dev"
+    assert host.told[-3:] == ["declare dev: {'environment': 'dev'}", "deployed", "prove"]
 
 
-def test_what_the_host_does_not_know_yet_is_told_also_without_a_change(console: Console) -> None:
+def test_the_host_is_told_also_without_a_change_since_a_plain_pulumi_up_tells_it_nothing(console: Console) -> None:
     host = Host(declared=["dev"])
     assert deploy.up(Recorder(DEPLOYED, {name: [SAME] for name in DEPLOYED}), ALL, PACK, host, console) == 0
-    assert "declare prod: {'environment': 'prod'}" in host.told
-    assert not [line for line in host.told if line.startswith("declare dev")]
+    assert [line for line in host.told if line.startswith("declare")] == [
+        "declare prod: {'environment': 'prod'}",
+        "declare dev: {'environment': 'dev'}",
+    ]
+
+
+def test_a_host_without_environments_comes_up_and_has_nothing_to_prove(console: Console) -> None:
+    host = Host()
+    assert deploy.up(Recorder({}, {}), Stacks(("host",), TIERS), PACK, host, console) == 0
+    assert "prove" not in host.told
+    assert "no environment is deployed yet" in shown(console)
 
 
 def test_after_a_deploy_that_failed_the_host_knows_what_came_before_it_and_nothing_is_proved(console: Console) -> None:

@@ -145,6 +145,25 @@ def io_ledger(tmp_path: Path, more: str = "") -> LedgerSettings:
         (
             {"cgroup_version": 1, "controllers": frozenset({"blkio"})},
             Status.WARN,
+            "none: sda honours no weights, and slice units have no ceilings on cgroup v1",
+        ),
+        (
+            {"cgroup_version": 1, "controllers": frozenset({"cpu"})},
+            Status.WARN,
+            "none: the kernel has no IO controller",
+        ),
+        (
+            {
+                "cgroup_version": 1,
+                "controllers": frozenset({"blkio"}),
+                "device": DISK.model_copy(update={"schedulers": ("bfq",)}),
+            },
+            Status.OK,
+            "by weights (bfq)",
+        ),
+        (
+            {"cgroup_version": 1, "cgroup_driver": "cgroupfs", "controllers": frozenset({"blkio"})},
+            Status.WARN,
             "only direct IO and reads are held, not writes through the page cache",
         ),
     ],
@@ -165,7 +184,8 @@ def test_ceilings_that_leave_the_others_nothing_are_a_warning(tmp_path: Path) ->
 
 def test_the_idle_class_needs_a_recent_kernel_and_a_recent_systemd() -> None:
     assert doctor.cpu_class(facts()).status is Status.OK
-    assert doctor.cpu_class(facts(kernel="5.10.0-26-amd64")).status is Status.WARN
+    assert doctor.cpu_class(facts(kernel="5.15.0-91-generic")).status is Status.OK
+    assert doctor.cpu_class(facts(kernel="5.14.21")).status is Status.WARN
     assert doctor.cpu_class(facts(systemd=249)).status is Status.WARN
     assert doctor.cpu_class(facts(systemd=0, cgroup_driver="cgroupfs")).status is Status.OK
 

@@ -26,7 +26,7 @@ from bench.interference_antagonists import (
     stress_rate,
 )
 from bench.interference_arms import ARMS
-from bench.interference_load import TIMEOUT, Seen, Ticks, seen, shares, target
+from bench.interference_load import GRAIN, TIMEOUT, Seen, Ticks, seen, shares, target
 from bench.interference_results import (
     AGAIN,
     ALONE,
@@ -73,8 +73,9 @@ def test_latencies_are_of_the_answers() -> None:
 
 def test_latency_counts_from_when_the_request_was_due() -> None:
     found = attacked(10, [0.010] * 10, [0.0, *[0.2] * 9])
-    assert found.p50 == pytest.approx(210)
+    assert found.p50 == pytest.approx(210 - 1000 * GRAIN)
     assert found.lag_p99 == pytest.approx(200)
+    assert attacked(10, [0.010] * 10, [0.0, *[GRAIN] * 9]).p50 == pytest.approx(10)
 
 
 def test_the_order_in_which_answers_came_does_not_matter() -> None:
@@ -240,10 +241,18 @@ def test_a_block_counts_as_long_as_it_keeps_the_rules() -> None:
     ],
 )
 def test_one_arm_voids_the_block(changed: dict[str, Any], says: str) -> None:
-    reasons = voided({ALONE: arm(), "bulkhead": arm(**changed)})
+    reasons = voided({ALONE: arm(), AGAIN: arm(**changed)})
     assert len(reasons) == 1
-    assert reasons[0].startswith("bulkhead: ")
+    assert reasons[0].startswith(f"{AGAIN}: ")
     assert says in reasons[0]
+
+
+def test_what_dev_does_to_generator_and_hypervisor_is_a_result_and_no_fault() -> None:
+    beside_dev = arm(lag_p99=10 * RULES.lag_ms, steal=10 * RULES.steal)
+    assert voided({ALONE: arm(), "bulkhead": beside_dev}) == []
+    assert voided({ALONE: arm(), "bulkhead": arm(unsent=2 * RULES.unsent)}) != []
+    found = compared(block(bulkhead=beside_dev), "bulkhead")
+    assert (found["lag"], found["steal"]) == (10 * RULES.lag_ms, 10 * RULES.steal)
 
 
 # --- over blocks

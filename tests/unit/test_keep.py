@@ -1,9 +1,12 @@
 """keep: OOM scores, v1 throttles and disk ceilings, on folders that look like /proc and /sys/fs/cgroup.
-The engine is a script that keeps containers' states in files; the real one is in tests/e2e/test_slices.py."""
+The engine's answers are made up; the real one is in tests/e2e/test_slices.py."""
 
 import argparse
+import fcntl
 import json
 import os
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from host import keep
-from host.machine import Places
+from host.machine import Places, Undecided
 
 V1 = {"cgroup_driver": "cgroupfs", "cgroup_version": 1}
 V2 = {"cgroup_driver": "cgroupfs", "cgroup_version": 2}
@@ -67,6 +70,16 @@ def test_processes_of_other_environments_are_left_alone(places: Places) -> None:
     assert other.read_text() == "0\n"
 
 
+def test_processes_that_start_meanwhile_are_found_by_looking_again(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [process(places, number, 0) for number in (1, 2)]
+    seen = iter([{1}, {1, 2}, {1, 2}])
+    monkeypatch.setattr(keep, "processes", lambda _: next(seen))
+    assert keep.raise_scores([], 1000, places) == (2, 2)
+    assert [file.read_text() for file in files] == ["1000", "1000"]
+
+
 def test_the_engine_is_protected_by_its_pid_file_and_nothing_that_only_has_its_name(places: Places) -> None:
     engine, other = process(places, 7, 0), process(places, 8, 0)
     (places.processes / "8" / "comm").write_text("dockerd\n")
@@ -95,6 +108,18 @@ def test_a_throttle_is_divided_among_the_groups_with_processes(places: Places) -
     assert idle.read_text() == ""
 
 
+def test_a_build_one_group_deeper_has_its_part_too(places: Places) -> None:
+    """BuildKit's groups are `<slice>/buildkit/<id>`, and a throttle does not hold below its own group."""
+    slice_ = group(places, "blkio/bulkhead-dev", 9)  # the slice's own file holds for this one
+    declared = {f"/sys/fs/cgroup/blkio/bulkhead-dev/{throttle(slice_).name}": "254:0 100"}
+    container = throttle(group(places, "blkio/bulkhead-dev/container", 1))
+    between = throttle(group(places, "blkio/bulkhead-dev/buildkit"))
+    build = throttle(group(places, "blkio/bulkhead-dev/buildkit/id", 2))
+    assert keep.spread(declared, [slice_], places) == 2
+    assert (container.read_text(), build.read_text()) == ("254:0 50", "254:0 50")
+    assert between.read_text() == ""
+
+
 def test_a_throttle_that_is_right_is_not_written_again_and_one_of_before_goes(places: Places) -> None:
     slice_ = group(places, "blkio/bulkhead-dev")
     declared = {f"/sys/fs/cgroup/blkio/bulkhead-dev/{throttle(slice_).name}": "254:0 100"}
@@ -104,6 +129,21 @@ def test_a_throttle_that_is_right_is_not_written_again_and_one_of_before_goes(pl
     assert file.read_text() == "254:0 100\n"
     assert keep.spread({}, [slice_], places) == 0
     assert file.read_text() == "254:0 0"
+
+
+@pytest.mark.parametrize(("engine", "groups", "written"), [(V1, 1, "254:0 100"), (V2, 0, "")])
+def test_only_on_v1_throttles_are_written_since_on_v2_the_slices_own_holds_for_all_below(
+    places: Places, engine: Mapping[str, Any], groups: int, written: str
+) -> None:
+    tree = "blkio/" if engine is V1 else ""
+    file = throttle(group(places, f"{tree}bulkhead-dev"))
+    inner = throttle(group(places, f"{tree}bulkhead-dev/container", 1))
+    files = {f"/sys/fs/cgroup/{tree}bulkhead-dev/{file.name}": "254:0 100"}
+    declared(places, engine, dev={**DEV, "disk": None, "files": files})
+    assert run(places) == 0
+    report = json.loads((places.state / "keep.json").read_text())
+    assert report["environments"]["dev"]["throttled_groups"] == groups
+    assert inner.read_text() == written
 
 
 def container(identifier: str, status: str = "running", **more: Any) -> dict[str, Any]:
@@ -197,6 +237,103 @@ def test_what_fills_the_disk_is_counted_once(tmp_path: Path) -> None:
     assert keep.used([]) == keep.used(["/nowhere"]) == 0
 
 
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder: `docker a b …` answers what its file `a-b` says, and fails where there is none; `asked` has all."""
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "docker").write_text(f'#!/bin/sh\necho "$*" >> {folder}/asked\nexec cat "{folder}/$1-$2"\n')
+    (folder / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_volumes_layers_and_logs_count_and_what_is_on_no_disk_of_the_engine_does_not(docker: Path) -> None:
+    (docker / "volume-ls").write_text("data\nmemory\n")
+    volumes = [{"Mountpoint": "/v/data", "Options": None}, {"Mountpoint": "/v/memory", "Options": {"type": "tmpfs"}}]
+    (docker / "volume-inspect").write_text(json.dumps(volumes))
+    mounts = [
+        {"Type": "volume", "Driver": "local", "Source": "/v/unnamed"},
+        {"Type": "volume", "Driver": "nfs", "Source": "/elsewhere"},
+        {"Type": "bind", "Source": "/home"},
+    ]
+    full = container("a", Mounts=mounts, GraphDriver={"Data": {"UpperDir": "/l/diff"}}, LogPath="/c/a/a-json.log")
+    bare = container("b", Mounts=None, GraphDriver={"Data": None}, LogPath="")
+    assert keep.written_to("dev", [full, bare]) == {"/v/data", "/v/unnamed", "/l/diff", "/c/a"}
+    asked = (docker / "asked").read_text().splitlines()
+    assert asked == [
+        "volume ls --quiet --filter label=bulkhead.environment=dev",
+        "volume inspect data memory",
+    ]
+
+
+def test_an_engine_without_containers_is_not_asked_about_any(docker: Path) -> None:
+    (docker / "ps---all").write_text("")
+    assert keep.inspected() == []
+
+
+def test_a_container_that_ends_between_list_and_question_is_asked_around_once(
+    docker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (docker / "ps---all").write_text("a\n")
+    failures = 1
+
+    def inspect(*_: object) -> list[dict[str, Any]]:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise Undecided("gone")
+        return [container("a")]
+
+    monkeypatch.setattr(keep, "_inspect", inspect)
+    assert keep.inspected() == [container("a")]
+    failures = 2
+    with pytest.raises(Undecided):
+        keep.inspected()
+
+
+def test_one_container_that_cannot_be_paused_keeps_no_other_from_it(docker: Path) -> None:
+    (docker / "pause-b").touch()
+    containers = [container("b"), container("a")]
+    assert keep.hold(100, 101, containers, {}, False, 0)["paused"] == ["a", "b"]
+    assert (docker / "asked").read_text() == "pause a\npause b\n"
+
+
+def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each second that it took, not for DU_SHARE more; while it is over, and after a new ceiling, sooner."""
+    now, counted, size = 1000.0, 0, 50
+
+    def used(_: object) -> int:
+        nonlocal now, counted
+        counted += 1
+        now += 2
+        return size
+
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(keep, "written_to", lambda *_: [])
+    monkeypatch.setattr(keep, "used", used)
+
+    def at(then: float, before: Mapping[str, Any], ceiling: int = 100) -> dict[str, Any]:
+        nonlocal now
+        now = then
+        return keep.disk("dev", {"disk": ceiling, "cgroup_parent": "/bulkhead-dev"}, [], before, False)
+
+    first = at(1000, {})
+    assert (first["used"], first["seconds"], first["state"], first["since"]) == (50, 2, "below", 1002)
+    assert at(1000 + 2 * keep.DU_SHARE - 1, first)["used"] == 50
+    assert counted == 1
+    assert at(1001, first, ceiling=101)["ceiling"] == 101
+    assert counted == 2
+
+    size = 101
+    over = at(1000 + 2 * keep.DU_SHARE, first)
+    assert (counted, over["used"], over["state"], over["since"]) == (3, 101, "paused", 1042)
+    still = at(1041, over)
+    assert (counted, still["since"]) == (3, 1042)
+    at(1042, over)
+    assert counted == 4
+
+
 def test_an_environments_containers_are_those_with_its_label_and_those_in_its_slice() -> None:
     build = container("build", Config={"Labels": None})
     prod = container("prod", Config={"Labels": {keep.LABEL: "prod"}}, HostConfig={"CgroupParent": "/bulkhead-prod"})
@@ -231,32 +368,97 @@ def test_a_run_is_told_in_the_report_and_the_metrics(
     engine = Engine(monkeypatch, "a")
     monkeypatch.setattr(keep, "inspected", lambda: [container(name, state) for name, state in engine.states.items()])
     monkeypatch.setattr(keep, "written_to", lambda *_: [])
-    sizes = iter((101, 100))
+    sizes = iter((101, 101, 100))
     monkeypatch.setattr(keep, "used", lambda _: next(sizes))
     assert run(places) == 1
     assert (dev.read_text(), prod.read_text()) == ("1000", "0\n")
     report = json.loads((places.state / "keep.json").read_text())
     assert report["environments"]["dev"]["disk"]["state"] == "paused"
     assert report["environments"]["prod"]["disk"] is None  # a protected environment is never paused
-    assert 'bulkhead_keep_disk_paused{environment="dev"} 1' in (places.state / "metrics/keep.prom").read_text()
+    shown = (places.state / "metrics/keep.prom").read_text()
+    assert "# TYPE bulkhead_keep_disk_paused gauge\n" in shown
+    assert "# TYPE bulkhead_keep_undecided gauge\n" in shown
+    values = dict(line.rsplit(" ", 1) for line in shown.splitlines() if not line.startswith("#"))
+    values.pop("bulkhead_keep_last_run_timestamp_seconds")
+    assert values == {
+        'bulkhead_keep_disk_bytes{environment="dev"}': "101",
+        'bulkhead_keep_disk_limit_bytes{environment="dev"}': "100",
+        'bulkhead_keep_disk_paused{environment="dev"}': "1",
+        'bulkhead_keep_disk_over{environment="dev"}': "1",
+        'bulkhead_keep_scored_processes{environment="dev"}': "1",
+        'bulkhead_keep_scored_processes{environment="prod"}': "0",
+        "bulkhead_keep_undecided": "0",
+    }
     assert capsys.readouterr().out.startswith("PAUSED dev: ")
+    assert run(places) == 1
+    assert engine.states == {"a": "paused"}
+    capsys.readouterr()
     assert run(places, "--news") == 0
     assert engine.states == {"a": "running"}
-    assert "PAUSED" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.startswith("dev: 1 processes scored (0 new), 0.00 GiB of 0.00 GiB on the disk\n")
 
 
 def test_news_are_told_once(
     places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     declared(places, dev={**DEV, "disk": None})
-    run(places, "--news")
-    capsys.readouterr()
-    assert run(places, "--news") == 0
-    assert capsys.readouterr().out == ""
+    for words, told in ((["--news"], True), (["--news"], False), ([], True)):
+        assert run(places, *words) == 0
+        assert bool(capsys.readouterr().out) == told
+
+
+def test_what_is_wrong_is_told_first() -> None:
+    over = {"state": "released", "used": 3 * 2**30, "ceiling": 2**30, "paused": []}
+    report = {
+        "environments": {"dev": {"processes": 2, "scores_raised": 1, "disk": over}},
+        "engine_scores": {"run/docker.pid": -499, "run/containerd.pid": -500},
+        "undecided": ["no answer"],
+    }
+    first, second, third, *_ = keep.told(report)
+    assert first.startswith("OVER dev: 3.00 GiB on the disk, over its ceiling of 1.00 GiB")
+    assert second == "undecided: no answer"
+    assert third.startswith("the engine (run/docker.pid) has OOM score -499")
+    assert "containerd" not in "".join(keep.told(report))
+
+
+def test_a_second_run_waits_for_the_first(places: Places) -> None:
+    """It would take what the first paused for the user's doing."""
+    declared(places, dev={**DEV, "disk": None})
+    places.run.mkdir(parents=True)
+    with (places.run / "keep.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(target=run, args=(places,))
+        second.start()
+        second.join(0.3)
+        assert not (places.state / "keep.json").exists()
+    second.join(10)
+    assert (places.state / "keep.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"disk": None}, {"tier": "protected"}])
+def test_an_environment_whose_ceiling_is_taken_away_goes_on(
+    places: Places, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, Any]
+) -> None:
+    engine = Engine(monkeypatch, "a", "b", "of another")
+    engine.states |= {"a": "paused", "of another": "paused"}
+    declared(places, dev={**DEV, **change})
+    before = {"state": "paused", "paused": ["a", "b"], "used": 101, "ceiling": 100}
+    places.state.mkdir(parents=True)
+    (places.state / "keep.json").write_text(json.dumps({"environments": {"dev": {"disk": before}}}))
+
+    monkeypatch.setenv("PATH", str(places.root))  # no engine yet: it has to be known at the next run
+    assert run(places) == 2
+    assert engine.states["a"] == "paused"
+
+    monkeypatch.setattr(keep, "inspected", lambda: [container(name, state) for name, state in engine.states.items()])
+    assert run(places) == 0
+    assert engine.states == {"a": "running", "b": "running", "of another": "paused"}
+    assert json.loads((places.state / "keep.json").read_text())["environments"]["dev"]["disk"] is None
 
 
 def test_without_an_engine_scores_are_kept_and_what_is_paused_is_remembered(
-    places: Places, monkeypatch: pytest.MonkeyPatch
+    places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     declared(places, dev=DEV)
     group(places, "memory/bulkhead-dev", 1)
@@ -266,6 +468,7 @@ def test_without_an_engine_scores_are_kept_and_what_is_paused_is_remembered(
     (places.state / "keep.json").write_text(json.dumps({"environments": {"dev": {"disk": before}}}))
     monkeypatch.setenv("PATH", str(places.root))
     assert run(places, "--json") == 2
+    assert json.loads(capsys.readouterr().out) == json.loads((places.state / "keep.json").read_text())
     assert score.read_text() == "1000"
     report = json.loads((places.state / "keep.json").read_text())
     assert report["environments"]["dev"]["disk"] == before

@@ -4,6 +4,7 @@ One case per behaviour: the changed line of a valid ledger, and the exact messag
 import itertools
 from datetime import date
 from decimal import Decimal
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from random import Random
 
@@ -91,6 +92,33 @@ def test_a_best_effort_environment_gets_half_of_the_disks_speed_or_what_is_writt
     assert written is not None
     assert default is not None
     assert (written.io, default.io) == (0.125, DEFAULT_IO)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("none", ("none",)),
+        ("internet", ("internet",)),
+        ("[internet]", ("internet",)),
+        ("null", ("internet",)),
+        ("192.168.5.0/24", (IPv4Network("192.168.5.0/24"),)),
+        (
+            '[internet, 192.168.5.0/24, "fd00:5::/64"]',
+            ("internet", IPv4Network("192.168.5.0/24"), IPv6Network("fd00:5::/64")),
+        ),
+    ],
+)
+def test_egress_is_a_word_or_networks(tmp_path: Path, written: str, meant: tuple[object, ...]) -> None:
+    resolved = ledger(VALID.replace("pids: 512}", f"pids: 512}}, egress: {written}"), tmp_path)
+    assert resolved.environment("dev").egress == meant
+
+
+def test_without_egress_best_effort_has_the_internet_and_a_protected_environment_is_not_closed(tmp_path: Path) -> None:
+    resolved = ledger(VALID, tmp_path)
+    assert resolved.environment("dev").egress == ("internet",)
+    assert resolved.environment("prod").egress is None
+    closed = ledger(VALID.replace("memory: 50%}}", "memory: 50%}, egress: none}"), tmp_path)
+    assert closed.environment("prod").egress == ("none",)
 
 
 def test_cpu_limits_of_best_effort_environments_promise_nothing(tmp_path: Path) -> None:
@@ -200,6 +228,20 @@ REFUSED = {
         f"Pulumi.host.yaml:5: {ENVIRONMENTS}.prod: a protected environment's reads and writes have no ceiling. "
         "Remove limits.io, or lower that of the best-effort environments.",
     ),
+    **{
+        f"an egress of {written}": (
+            ("pids: 512}", f"pids: 512}}, egress: {written}"),
+            f"Pulumi.host.yaml:6: {ENVIRONMENTS}.dev.egress: {shown}: egress {fault}. Write none, internet, or a list "
+            "of networks and internet, as in [internet, 192.168.5.0/24].",
+        )
+        for written, shown, fault in (
+            ("all", "'all'", "'all'"),
+            ("[]", "[]", "[]"),
+            ("false", "False", "False"),
+            ("[internet, none]", "['internet', 'none']", "'none'"),
+            ("[192.168.5.1/24]", "['192.168.5.1/24']", "'192.168.5.1/24'"),
+        )
+    },
     "no pids at all": (
         ("pids: 512", "pids: 0"),
         f"Pulumi.host.yaml:6: {ENVIRONMENTS}.dev.limits.pids: 0: must be greater than 0",

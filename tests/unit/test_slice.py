@@ -198,6 +198,13 @@ def test_where_the_scheduler_honours_weights_they_divide_instead_of_ceilings(
     assert "IOWeight=10000" in unit(script, "bulkhead.slice")
 
 
+def test_units_on_v1_have_no_ceilings_on_io_since_none_would_reach_a_container() -> None:
+    hybrid = without(V1, cgroup_driver="systemd")
+    assert not [line for line in unit(scripts(dev(hybrid), SPEED)[0], "bulkhead-dev.slice") if line[:2] == "IO"]
+    weighted = without(hybrid, device=DISK.model_copy(update={"schedulers": ("bfq",)}))
+    assert "IOWeight=1" in unit(scripts(dev(weighted), SPEED)[0], "bulkhead-dev.slice")
+
+
 def test_without_a_device_or_a_controller_no_file_of_io_is_touched() -> None:
     for facts in (without(V2, device=None), without(V2, controllers=frozenset({"cpu", "memory", "pids"}))):
         assert not [one for one in v2_settings(dev(facts), SPEED) if one.file.startswith("io.")]

@@ -130,7 +130,7 @@ def server(images: Path, say: Say) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def bootstrapped(server: Server, project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Deployment, str]:
     """The copy, ready to deploy to the server as a user who is not root, and what `make bootstrap` said."""
-    made = Deployment(project, tmp_path_factory.mktemp("state"))
+    made = Deployment(project, tmp_path_factory.mktemp("state"), seconds=1800)
     made.environment = server.variables(made.environment)
     ledger = {"bulkhead:host": server.url(), **LEDGER}
     (project / "Pulumi.host.yaml").write_text(yaml.safe_dump({"config": ledger}, sort_keys=False))
@@ -138,11 +138,16 @@ def bootstrapped(server: Server, project: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def deployed(bootstrapped: tuple[Deployment, str], say: Say) -> Deployment:
-    """Host, prod and dev on the server."""
+def up(bootstrapped: tuple[Deployment, str], say: Say) -> tuple[Deployment, str]:
+    """Host, prod and dev on the server, and what `make up` said."""
     say("virtual machine: make up (some minutes)")
-    bootstrapped[0].done("up")
-    return bootstrapped[0]
+    return bootstrapped[0], bootstrapped[0].done("up")
+
+
+@pytest.fixture(scope="session")
+def deployed(up: tuple[Deployment, str]) -> Deployment:
+    """Host, prod and dev on the server."""
+    return up[0]
 
 
 def outputs(deployment: Deployment) -> Mapping[str, Any]:

@@ -128,6 +128,10 @@ def test_what_went_through_the_door_is_in_the_journal(server: Server, bootstrapp
 # --- what a deploy sets up
 
 
+def test_the_deploy_ends_with_a_proof(up: tuple[Deployment, str]) -> None:
+    assert re.search(r"Proof: \d+ paths tried.*: 0 unexpected", up[1].replace("\n", " ")), up[1][-3000:]
+
+
 def test_every_service_runs_in_its_environments_slice(server: Server, deployed: Deployment) -> None:
     for one in healthy(server):
         name = one["labels"]["bulkhead.environment"]
@@ -228,10 +232,89 @@ def test_after_a_reboot_the_firewall_was_in_force_before_the_engine_started(
 
 
 def test_after_a_reboot_nothing_differs_from_what_was_deployed(
-    deployed: Deployment, rebooted: Mapping[str, str]
+    server: Server, deployed: Deployment, rebooted: Mapping[str, str]
 ) -> None:
-    """For Pulumi, which would change nothing, and for the agent, which compares kernel and engine."""
-    previewed = deployed.done("preview")
+    """For Pulumi, whose `up` changes nothing and proves it all, and for the agent, which looks by itself again."""
+    said = deployed.done("up")
     for stack in ("host", *ENVIRONMENTS):
-        assert re.search(rf"{stack}\s.*no changes", previewed), previewed
+        assert f"{stack}: no changes" in said
+    assert ": 0 unexpected" in said
     assert "As declared" in deployed.done("verify")
+    assert server.said("systemctl is-active bulkhead-verify.timer bulkhead-keep.timer") == "active\nactive"
+
+
+# --- the world around the server
+
+
+# A network namespace plays the internet and a cloud's metadata service.
+WORLD = """
+ip netns add world
+ip link add world type veth peer name eth0 netns world
+ip address add 192.0.2.1/30 dev world
+ip link set world up
+ip -n world address add 192.0.2.2/30 dev eth0
+ip -n world link set eth0 up
+ip -n world link set lo up
+ip -n world route add default via 192.0.2.1
+for address in 198.51.100.10 169.254.169.254; do
+  ip -n world address add $address dev lo
+  ip route add $address via 192.0.2.2 dev world
+done
+systemd-run --quiet --unit=world ip netns exec world python3 -m http.server 80
+for address in 198.51.100.10 169.254.169.254; do
+  tries=0
+  until python3 -c "import socket; socket.create_connection(('$address', 80), 5)" 2>/dev/null; do
+    tries=$((tries + 1))
+    [ $tries -lt 20 ]
+    sleep 1
+  done
+done
+"""
+INTERNET, METADATA = "198.51.100.10:80", "169.254.169.254:80"
+PROVE = (
+    f"python3 /usr/local/lib/bulkhead/host.pyz prove --json --environment {DEV} "
+    f"--outward $(ip -o -4 address show to 10.0.2.0/24 | awk '{{ split($4, a, \"/\"); print a[1] }}') "
+    f"--forbidden {METADATA} --allowed {INTERNET}"
+)
+
+
+def proved(server: Server) -> Mapping[tuple[str, str], bool]:
+    """Of the host's own address, the internet and the metadata service, by network: whether it came as expected."""
+    found: dict[tuple[str, str], bool] = {}
+    for one in json.loads(server.run(PROVE, check=False, timeout=600).stdout)["proofs"]:
+        for target in ("the host's own address", METADATA, INTERNET):
+            if target in one["target"]:
+                key = one["source"], target
+                found[key] = found.get(key, True) and one["ok"]
+    return found
+
+
+def test_dev_reaches_of_the_world_what_the_ledger_opens(server: Server, rebooted: Mapping[str, str]) -> None:
+    server.run(WORLD)
+    front, back = f"{DEV}-frontend", f"{DEV}-backend"
+    own = "the host's own address"
+    kept = {(front, own): True, (front, METADATA): True, (front, INTERNET): True}
+    # An internal network has no way out at all, so what must be reached is not.
+    internal = {(back, own): True, (back, METADATA): True, (back, INTERNET): False}
+    assert proved(server) == kept | internal
+    server.run("nft delete table inet bulkhead")
+    opened = proved(server)
+    assert (opened[front, own], opened[front, METADATA]) == (False, False)
+    server.run("systemctl restart bulkhead-firewall")
+    assert proved(server) == kept | internal
+
+
+# --- the end
+
+
+def test_down_leaves_only_prods_data(server: Server, deployed: Deployment, rebooted: Mapping[str, str]) -> None:
+    deployed.done("down", BULKHEAD_CONFIRM=PROD)
+    ours = "--filter label=bulkhead.environment"
+    assert server.said(f"docker ps --all --quiet {ours}; docker network ls --quiet {ours}") == ""
+    kept = server.said("docker volume ls --quiet --filter label=bulkhead.environment").split()
+    assert sorted(kept) == [f"{PROD}-cache-data", f"{PROD}-db-data"]
+    left = "ls -d /etc/bulkhead /usr/local/lib/bulkhead /var/lib/bulkhead /run/bulkhead /sys/fs/cgroup/bulkhead.slice"
+    assert (
+        server.said(f"{left} /etc/systemd/system/*bulkhead* /etc/systemd/system/*/*bulkhead* 2>/dev/null || true") == ""
+    )
+    assert server.run("nft list table inet bulkhead", check=False).returncode != 0
