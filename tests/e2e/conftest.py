@@ -45,12 +45,13 @@ LEDGER: dict[str, Any] = {
 
 
 LIVE = ("test_prove.py", "test_verify.py", "test_faults.py")
-"""Modules that need a deployment with all its environments, and leave it as they find it."""
+"""Modules that need a deployment with all its environments, and leave it as they find it; in the order they run in."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs LIVE modules last, so that nothing else is deployed while `live` is there."""
-    items.sort(key=lambda item: item.path.name in LIVE and item.path.parent == Path(__file__).parent)
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LIVE)}
+    items.sort(key=lambda item: order.get(item.path, -1))
 
 
 class Deployment:

@@ -107,8 +107,8 @@ def test_gateways_and_forged_senders_turn_it_red_without_the_firewall(live: Depl
 
 
 def test_container_addresses_turn_it_red_where_the_engine_forwards(live: Deployment) -> None:
-    accept = "DOCKER-USER -s 10.92.0.0/16 -d 10.91.0.0/16 -j ACCEPT"
-    back = "DOCKER-USER -s 10.91.0.0/16 -d 10.92.0.0/16 -j ACCEPT"
+    accept = "FORWARD -s 10.92.0.0/16 -d 10.91.0.0/16 -j ACCEPT"
+    back = "FORWARD -s 10.91.0.0/16 -d 10.92.0.0/16 -j ACCEPT"
     forwarded = (
         f"{NO_TABLE[0]}; iptables -I {accept}; iptables -I {back}",
         f"iptables -D {accept} || true; iptables -D {back} || true; {NO_TABLE[1]}",
