@@ -300,16 +300,29 @@ class Host:
     @classmethod
     def of(cls, ours: Sequence[Network]) -> "Host":
         """All bridges of the engine, also of nobody's networks."""
-        gateways = {}
+        gateways: dict[str, str] = {}
+        interfaces = json.loads(ask(["ip", "-json", "address", "show"], "apt-get install iproute2"))
         for network in inspected("network", listed("network", "ls", "--filter", "driver=bridge")):
-            for pool in network["IPAM"]["Config"] or ():
-                if pool.get("Gateway"):
-                    gateways[pool["Gateway"].partition("/")[0]] = network["Name"]
+            gateways |= dict.fromkeys(bridge_addresses(network, interfaces), network["Name"])
         gateways |= {gateway: one.name for one in ours for gateway in one.gateways}
         listening = sockets(Path("/proc/net"))
         # What listens on the host's loopback only is tried too: a gateway must not lead there either.
         ports = {kind: sorted({port for one, _, port in listening if one == kind}) for kind in ("tcp", "udp")}
         return cls(gateways, tuple(ports["tcp"][:PORTS_AT_MOST]), tuple(ports["udp"][:PORTS_AT_MOST]))
+
+
+def bridge_addresses(network: Mapping[str, Any], interfaces: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The host's addresses on a network's bridge. `interfaces`: as `ip -json address` shows them.
+
+    From both, since Docker 20.10 shows no gateway of its own bridge until it has been restarted once (measured).
+    """
+    options = network.get("Options") or {}
+    bridge = options.get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}"
+    found = [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
+    for one in interfaces:
+        if one.get("ifname") == bridge:
+            found += [info["local"] for info in one["addr_info"] if info.get("scope") == "global"]
+    return list(dict.fromkeys(found))
 
 
 # --- The throwaway containers --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ That each path is really tried, and really turns red when it is open, is shown o
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from host.prove import (
     Proof,
     Way,
     _said,
+    bridge_addresses,
     sockets,
     to_host,
     to_others,
@@ -148,3 +150,23 @@ def test_attempts_come_back_in_their_order() -> None:
         {"kind": "name", "with": {"of": "no-such-name.invalid"}},
     ]
     assert probe.attempt(wanted) == ["not there", "2 processes", "not found"]
+
+
+@pytest.mark.parametrize(
+    ("network", "found"),
+    [
+        ({"Options": {"com.docker.network.bridge.name": "docker0"}, "IPAM": {"Config": [{}]}}, ["172.17.0.1"]),
+        ({"Options": None, "IPAM": {"Config": [{"Gateway": "10.81.1.1/24"}]}}, ["10.81.1.1", "10.81.1.9"]),
+        ({"IPAM": {"Config": None}}, ["10.81.1.1", "10.81.1.9"]),
+    ],
+    ids=["the engine's own bridge, of which it tells no gateway", "both are told", "the interface tells"],
+)
+def test_the_hosts_addresses_on_a_bridge_are_found_whether_or_not_the_engine_tells_them(
+    network: dict[str, Any], found: list[str]
+) -> None:
+    def interface(name: str, *addresses: str) -> dict[str, Any]:
+        shown = [{"local": one, "scope": "global"} for one in addresses]
+        return {"ifname": name, "addr_info": [*shown, {"local": "fe80::1", "scope": "link"}]}
+
+    interfaces = [interface("docker0", "172.17.0.1"), interface("br-0123456789ab", "10.81.1.1", "10.81.1.9")]
+    assert bridge_addresses({"Id": "0123456789abcdef", **network}, interfaces) == found
