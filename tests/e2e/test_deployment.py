@@ -3,9 +3,7 @@ before it is applied; a bad release that leaves the old one running; an engine k
 
 import html
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 import urllib.error
@@ -20,7 +18,6 @@ import jsonschema
 import pytest
 import yaml
 
-from engine import dockerd
 from tests.deployed import CHECKOUT, groups
 from tests.e2e.conftest import DEV, LEDGER, PORTS, PROD, STAGING, Deployment, ours, running
 
@@ -528,21 +525,6 @@ def test_preview_stops_a_ledger_that_lowers_prods_tier_or_drops_it(deployment: D
             refused(deployment.make("preview", "host"), PROD, remedy)
     finally:
         ledger.write_text(kept)
-
-
-def test_killing_the_engine_and_starting_it_again_brings_every_service_back(
-    deployment: Deployment, engine: docker.DockerClient
-) -> None:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    pid = dockerd.runs(state / "bulkhead/engine/dockerd.pid", "dockerd")
-    if pid is None:
-        pytest.skip("set-up did not start this engine, so it is not ours to kill")
-    os.kill(pid, signal.SIGKILL)
-    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
-    deployment.done("engine-start", XDG_STATE_HOME=str(state))
-    for environment in (PROD, DEV):
-        assert eventually(partial(healthy, engine, environment), seconds=180), health(engine, environment)
-        assert eventually(partial(has_order, environment))
 
 
 def test_a_full_disk_for_the_state_is_explained(deployment: Deployment, tmp_path: Path) -> None:

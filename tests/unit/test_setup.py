@@ -148,7 +148,9 @@ def leave_socket(file: Path) -> None:
         bound.bind(str(file))
 
 
-@pytest.mark.parametrize("pid", [str(DEAD), str(os.getpid()), "", "not a number"])
+@pytest.mark.parametrize(
+    "pid", [str(DEAD), str(os.getpid()), "", "not a number"], ids=["dead", "another program's", "empty", "no number"]
+)
 def test_a_pid_file_of_no_living_engine_is_left_over(places: Places, pid: str) -> None:
     places.pid_file.write_text(pid)
     containerd = places.exec_root / "containerd" / "containerd.pid"
