@@ -311,6 +311,11 @@ class Host:
         return cls(gateways, tuple(ports["tcp"][:PORTS_AT_MOST]), tuple(ports["udp"][:PORTS_AT_MOST]))
 
 
+def told_gateways(network: Mapping[str, Any]) -> list[str]:
+    """The host's addresses on a network, as far as the engine tells them of the network itself."""
+    return [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
+
+
 def bridge_addresses(network: Mapping[str, Any], interfaces: Sequence[Mapping[str, Any]]) -> list[str]:
     """The host's addresses on a network's bridge. `interfaces`: as `ip -json address` shows them.
 
@@ -318,7 +323,7 @@ def bridge_addresses(network: Mapping[str, Any], interfaces: Sequence[Mapping[st
     """
     options = network.get("Options") or {}
     bridge = options.get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}"
-    found = [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
+    found = told_gateways(network)
     for one in interfaces:
         if one.get("ifname") == bridge:
             found += [info["local"] for info in one["addr_info"] if info.get("scope") == "global"]
@@ -429,7 +434,7 @@ def _started(
         ).strip()
     (listener,) = inspected("container", [ids["listener"]])
     _listens(ids["listener"])
-    gateways = [pool["Gateway"].partition("/")[0] for pool in network["IPAM"]["Config"] or () if pool.get("Gateway")]
+    gateways = told_gateways(network)
     attached = listener["NetworkSettings"]["Networks"].values()
     gateways += [net[key] for net in attached for key in ("Gateway", "IPv6Gateway") if net.get(key)]
     return Network(

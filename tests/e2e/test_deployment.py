@@ -1,5 +1,5 @@
 """The main job, told in order: two environments of a real application on one engine, kept apart; a bad change stopped
-before it is applied; a bad release that leaves the old one running; an engine killed; and nothing left at the end."""
+before it is applied; a bad release that leaves the old one running; and nothing left at the end."""
 
 import html
 import json

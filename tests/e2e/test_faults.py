@@ -14,13 +14,12 @@ from pathlib import Path
 
 import docker
 import pytest
-import requests
 from docker.models.containers import Container
 
 from bench.interference_load import ORDER, Generator, Seen
 from engine import build, dockerd, setup
 from tests.e2e.conftest import DEV, LEDGER, PORTS, PROD, Deployment, running
-from tests.e2e.test_deployment import eventually, healthy
+from tests.e2e.test_deployment import eventually, healthy, http
 from tests.e2e.test_verify import PROGRAM, container
 
 pytestmark = pytest.mark.e2e
@@ -35,9 +34,7 @@ WITHIN = SECONDS - 4
 def generator(live: Deployment) -> Iterator[Generator]:
     """The load on prod."""
     vegeta = build.tool("vegeta", build.default_cache(), setup.say)
-    # One of the requests asks for the first order.
-    made = requests.post(f"{URL}/orders", json=ORDER, timeout=10)
-    assert made.status_code == 201, made.text
+    assert has_order(PROD, http(PROD, "/orders", ORDER)["id"])  # one of the requests asks for the first order
     with tempfile.TemporaryDirectory(prefix="bulkhead-faults-") as folder:
         yield Generator(vegeta, Path(folder))
 
@@ -72,6 +69,11 @@ def back_again(live: Deployment, engine: docker.DockerClient) -> Iterator[None]:
     assert {one.id: pid(one) for one in running(engine, PROD)} == before
 
 
+def has_order(environment: str, number: int) -> bool:
+    """Whether an order that was placed here is there."""
+    return bool(http(environment, f"/orders/{number}")["customer"] == ORDER["customer"])
+
+
 def pid(one: Container) -> int:
     """Of the container's first process: another one after a restart."""
     one.reload()
@@ -81,10 +83,10 @@ def pid(one: Container) -> int:
 @contextmanager
 def unlimited(engine: docker.DockerClient, *command: str) -> Iterator[Container]:
     """A container in dev's slice, not yet started, with no limit of its own: it meets the whole environment's."""
-    image = container(engine, DEV, "worker").image
-    parent = container(engine, DEV, "worker").attrs["HostConfig"]["CgroupParent"]
+    like = container(engine, DEV, "worker")
+    parent = like.attrs["HostConfig"]["CgroupParent"]
     made = engine.containers.create(
-        image, ["timeout", "60", *command], cgroup_parent=parent, network_mode="none", name="e2e-fault"
+        like.image, ["timeout", "60", *command], cgroup_parent=parent, network_mode="none", name="e2e-fault"
     )
     try:
         yield made
@@ -202,6 +204,7 @@ def test_the_engine_ends_and_starts_again(
     if engine_pid is None:
         pytest.skip("set-up did not start this engine, so it is not ours to restart")
     assert engine.info()["LiveRestoreEnabled"]
+    placed = {name: http(name, "/orders", ORDER)["id"] for name in (PROD, DEV)}
     with under_load(generator, 2 * SECONDS) as found:
         os.kill(engine_pid, ended)
         assert eventually(lambda: not Path(f"/proc/{engine_pid}").exists())
@@ -211,3 +214,5 @@ def test_the_engine_ends_and_starts_again(
     with under_load(generator) as after:
         pass
     unharmed(after)
+    for name, number in placed.items():
+        assert eventually(partial(has_order, name, number)), name
