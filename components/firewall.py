@@ -241,6 +241,8 @@ def scripts(table: str) -> tuple[str, str]:
         f"if [ -e {UNITS}/{UNIT} ]; then\n  systemctl disable --quiet --now {UNIT}\n  rm -f {UNITS}/{UNIT}\n"
         "  systemctl daemon-reload\nfi\n"
         f"if nft list table inet {TABLE} >/dev/null 2>&1; then nft delete table inet {TABLE}; fi\nrm -f {FILE}\n"
+        # Whoever removes the last of the host's files removes their folder.
+        f"rmdir --ignore-fail-on-non-empty {FILE.rpartition('/')[0]} 2>/dev/null || true\n"
     )
     return create, delete
 

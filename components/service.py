@@ -383,7 +383,7 @@ def limits(args: ServiceArgs) -> dict[str, Any]:
     if limit.memory is not None:
         found |= {"memory": limit.memory // MIB, "memory_swap": limit.memory // MIB}
     if limit.cpus is not None:
-        found["cpus"] = f"{limit.cpus:g}"
+        found["cpus"] = cpus(limit.cpus)
     if reserved.cpus is not None:
         found["cpu_shares"] = shares(reserved.cpus)
     if (memory := reserved.memory) is not None:
@@ -391,6 +391,23 @@ def limits(args: ServiceArgs) -> dict[str, Any]:
             lambda version: memory // MIB if version == 2 else 0
         )
     return found
+
+
+def cpus(limit: float) -> str:
+    """A CPU limit as the provider reads it back from the engine: any other text for it, such as `2` for `2.0`, would
+    replace the container at every deploy.
+
+    The provider's helpers.go (nanoInt64ToDecimalString) gives one decimal to what has nine zeros: it reads 0.05 as 0.1.
+    What it cannot read is raised by a ten-thousandth of a CPU, until it can.
+    """
+    nano = round(limit * 1e9)
+    while True:
+        text = f"{nano // 10**9}.{nano % 10**9:09d}"
+        # Half a tenth goes away from zero, as in Go.
+        read = f"{(nano + 50_000_000) // 10**8 / 10:.1f}" if text.count("0") == 9 else text.rstrip("0")
+        if round(float(read) * 1e9) == nano:
+            return read
+        nano += 100_000
 
 
 def shares(cpus: float) -> int:

@@ -7,7 +7,7 @@ import pulumi
 import pytest
 
 from components.files import File, folders
-from components.service import Attachment, ServiceArgs, container_args, health_timeout, starts_first
+from components.service import Attachment, ServiceArgs, container_args, cpus, health_timeout, starts_first
 from settings.ledger import Tier
 from settings.model import Healthcheck, Service
 
@@ -118,6 +118,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cpus limit is carried for policy to judge": (
         {"deploy": {"resources": {"limits": {"cpus": 0.5}}}},
         {"cpus": "0.5"},
+    ),
+    "whole cpus are written as the provider reads them": (
+        {"deploy": {"resources": {"limits": {"cpus": 2}}}},
+        {"cpus": "2.0"},
     ),
     "a cpu reservation is a weight": ({"deploy": {"resources": {"reservations": {"cpus": 0.5}}}}, {"cpu_shares": 512}),
     "a healthcheck holds the deploy until healthy": (
@@ -245,3 +249,14 @@ def test_the_health_timeout_covers_every_chance_that_the_check_gives() -> None:
 )
 def test_a_new_container_starts_first_where_two_can_run_at_once(written: dict[str, Any], first: bool) -> None:
     assert starts_first(Service.model_validate({"image": "api"} | written)) is first
+
+
+@pytest.mark.parametrize(
+    ("limit", "written"),
+    [
+        (2, "2.0"), (10, "10."), (12, "12.0"), (20, "20."), (100, "100."), (0.5, "0.5"), (0.25, "0.25"), (1.5, "1.5"),
+        (10.5, "10.5"), (0.1, "0.1"), (0.05, "0.0501"), (20.05, "20.0501"), (0.001, "0.0011"),
+    ],
+)  # fmt: skip
+def test_a_cpu_limit_is_written_as_the_provider_reads_it_back(limit: float, written: str) -> None:
+    assert cpus(limit) == written
