@@ -27,10 +27,17 @@ def run(
     )
 
 
+def shown(host: str | None, script: str) -> int:
+    """Runs a script as `run` does, with its output on ours, for as long as it takes. Its exit code."""
+    url = address(host)
+    command = ssh.command(url, ssh.enter()) if ssh.is_remote(url) else shell(os.geteuid(), Path(ssh.DOOR).exists())
+    return subprocess.run(command, input=script.encode(), check=False).returncode
+
+
 def shell(uid: int, door: bool) -> list[str]:
     """What runs a script from its standard input as root on this machine. `door`: bulkhead-root is installed."""
     if uid == 0:
-        return ["/bin/sh", "-euc", 'script=$(cat); exec sh -euc "$script" </dev/null']
+        return ["/bin/sh", "-euc", ssh.HERE]
     return ["sudo", "-n", *([ssh.DOOR] if door else shell(0, door))]
 
 

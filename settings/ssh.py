@@ -15,6 +15,9 @@ from settings.errors import SettingsError
 DOOR = "/usr/local/sbin/bulkhead-root"
 """The program on the host that runs a script as root for whoever may become root by it: see `make bootstrap`."""
 
+HERE = 'script=$(mktemp -p /dev/shm); cat >"$script"; exec 3<"$script"; rm "$script"; exec sh -eu /dev/fd/3 </dev/null'
+"""Shell text: root runs the script on its standard input. From a file, for an argument has at most 128 KiB."""
+
 ENGINE_SOCKET = "/var/run/docker.sock"
 CONNECT_SECONDS = 15  # a handshake with a busy server takes several
 LOOK_UP_SECONDS = 10
@@ -60,7 +63,7 @@ def enter() -> str:
     return (
         f'if [ "$(id -u)" != 0 ]; then sudo -n {DOOR} || {{ code=$?; '
         f'sudo -n -l {DOOR} >/dev/null 2>&1 || echo "{missing}" >&2; exit $code; }}; '
-        f'elif [ -x {DOOR} ]; then {DOOR}; else script=$(cat); sh -euc "$script" </dev/null; fi'
+        f"elif [ -x {DOOR} ]; then {DOOR}; else {HERE}; fi"
     )
 
 

@@ -161,6 +161,12 @@ def test_on_this_machine_root_needs_no_door() -> None:
     assert ran.stdout == b"2\n"
 
 
+def test_a_script_may_be_longer_than_an_argument() -> None:
+    text = onhost.with_stdin("wc -c", bytes(10_000_000))
+    ran = subprocess.run(onhost.shell(0, door=False), input=text.encode(), capture_output=True, check=False)
+    assert ran.stdout == b"10000000\n", ran.stderr[-500:]
+
+
 # --- bootstrap
 
 
