@@ -14,9 +14,9 @@ KEY ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup bootstrap up preview report drift down verify prove firewall plan doctor pulumi test test-slow test-engine \
+.PHONY: help setup bootstrap up preview report drift down verify prove firewall backup restore drill refresh-dev prune recover bucket plan doctor pulumi test test-slow test-engine \
 	mutate lint lint-workflows format \
-	bench bench-interference diagram engine-start engine-stop clean
+	bench bench-interference bench-backup diagram engine-start engine-stop clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,35 @@ firewall: ## What the firewall has dropped, rule by rule
 	@$(SETUP) plan
 	@$(CLI) firewall
 
+bucket: ## Make or check a backup target's bucket: make bucket ENV=prod ARGS='--target offsite' (--policies)
+	@$(SETUP) preview
+	@$(CLI) bucket $(ENV) $(ARGS)
+
+backup: ## Back up now: make backup ENV=prod SERVICE=db; ARGS=--list shows what there is
+	@$(SETUP) plan
+	@$(CLI) backup $(ENV) $(if $(SERVICE),--service "$(SERVICE)") $(ARGS)
+
+restore: ## Bring a backup back, checked: make restore ENV=prod SERVICE=db AT="2026-11-25 14:00:05" YES=1 (or TO=volume)
+	@$(SETUP) plan
+	@$(CLI) restore $(ENV) $(if $(SERVICE),--service "$(SERVICE)") $(if $(AT),--at "$(AT)") $(if $(TO),--to "$(TO)") \
+		$(if $(TARGET),--target "$(TARGET)") $(if $(YES),--yes) $(if $(LOSE_NEWER),--lose-newer) \
+		$(if $(RELEASE),--release "$(RELEASE)") $(ARGS)
+
+refresh-dev: ## A masked copy of prod's data for dev, from the newest backup: make refresh-dev YES=1 (ENV=, SERVICE=)
+	@$(SETUP) plan
+	@$(CLI) refresh-dev $(ENV) $(if $(SERVICE),--service "$(SERVICE)") $(if $(YES),--yes)
+
+prune: ## Let go of a bucket's old snapshots, with the pruner's AWS_… credentials: make prune ENV=prod ARGS='--target offsite'
+	@$(SETUP) preview
+	@$(CLI) prune $(ENV) $(ARGS)
+
+recover: setup ## Bring a lost host back, on a fresh machine: make recover FROM=/srv/backup RECOVERY_KEY=…
+	@$(CLI) recover $(if $(FROM),--from "$(FROM)") $(if $(ENV),--environment "$(ENV)")
+
+drill: ## Restore the newest backups, check them, throw them away: make drill ENV=prod
+	@$(SETUP) plan
+	@$(CLI) drill $(ENV) $(if $(SERVICE),--service "$(SERVICE)") $(ARGS)
+
 plan: ## The ledger as a table: capacity, promised, free
 	@$(SETUP) plan
 	@$(CLI) plan
@@ -71,13 +100,17 @@ pulumi: ## Pulumi itself in this project: make pulumi ARGS='stack output --stack
 	@$(SETUP) preview
 	@$(CLI) pulumi $(ARGS)
 
+bench-backup: ## What a backup costs prod's clients, and its speed beside pg_basebackup and restic alone: half an hour
+	@$(SETUP) test
+	@$(PYTHON) -m bench.backup $(ARGS)
+
 diagram: ## A picture of the deployed environments, networks and budgets: make diagram ARGS=picture.svg
 	@$(SETUP) diagram
 	@$(CLI) diagram $(ARGS)
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "not vm and not interference" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not vm and not interference" --numprocesses=2 --dist=loadgroup $(ARGS)
 
 test-slow: ## Tests that boot a virtual machine or run the interference benchmark, which make test leaves out
 	@$(SETUP) test

@@ -153,7 +153,8 @@ class Workbench:
         for stack in ("prod", "dev"):
             (self._copy / f"Pulumi.{stack}.yaml").unlink(missing_ok=True)
         port, plain_port = free_ports(2)
-        _write(self._copy / "Pulumi.host.yaml", {"config": LEDGER})
+        backups = {"bulkhead:backup": {"targets": {"disk": {"path": str(self._copy.parent / "backups")}}}}
+        _write(self._copy / "Pulumi.host.yaml", {"config": LEDGER | backups})
         settings = {"bulkhead:compose": list(SHOP), "bulkhead:variables": {"SHOP_PORT": str(port)}}
         _write(self._copy / f"Pulumi.{PROD}.yaml", {"config": settings})
         _write(self._copy / f"Pulumi.{DEV}.yaml", {"config": {"bulkhead:compose": list(PLAIN_FILES[PLAIN_DEV])}})

@@ -26,8 +26,10 @@ LOOKS = (
 )
 """Starts what looks regularly, where it has been stopped: Pulumi sees no change that would make it do so."""
 STACKS = "/etc/bulkhead/stacks"
+BACKUPS = "/etc/bulkhead/backup"
 MARKS = "/run/bulkhead/deploying"
 SECONDS = 900.0
+ASK_SECONDS = 30.0
 SHOWN_PATHS = 40
 DIFFERENCES = "docs/runbooks/differences.md says what to do about each"
 TABLE = ("inet", "bulkhead")  # components.firewall
@@ -55,9 +57,50 @@ class Agent:
         script = f"umask 022\nmkdir -p {STACKS}\ncat > {file}.new\nmv {file}.new {file}\n"
         self._root(script, json.dumps(outputs, indent=1, sort_keys=True).encode())
 
+    def entrust(self, stack: str, jobs: Mapping[str, Any] | None, *, held: bool = False) -> None:
+        """Puts a stack's backup jobs, which hold keys, where only root on the host reads them; None takes them away.
+
+        The file is left alone where it says the same: its time is when the jobs began. `held`: none runs by schedule.
+        """
+        file = f"{BACKUPS}/{stack}.json"
+        if jobs is None:
+            self._root(f"rm -f {file}")
+            return
+        script = (
+            f"umask 077\nmkdir -p {BACKUPS}\ncat > {file}.new\n"
+            f"if cmp -s {file}.new {file}; then rm {file}.new; else mv {file}.new {file}; fi\n"
+        )
+        document = {**jobs, **({"held": True} if held else {})}
+        self._root(script, json.dumps(document, indent=1, sort_keys=True).encode())
+
+    def store(self, environment: str, name: str, data: bytes) -> str:
+        """Saves data, as a file of this name, with the backups of an environment. What the agent says of it."""
+        options = shlex.join(["backup", "--environment", environment, "--store", name])
+        return self._root(f"umask 077\nexec python3 {PROGRAM} {options}\n", data).strip()
+
+    def verified(self) -> str | None:
+        """When a restore of each volume's backup was last checked, as JSON; None where the host cannot be asked."""
+        script = f"[ ! -e {PROGRAM} ] || exec python3 {PROGRAM} backup --verified\n"
+        try:
+            done = onhost.run(self._address, script, timeout=ASK_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.decode(errors="replace").strip() or None if done.returncode == 0 else None
+
     def forget(self, stack: str) -> None:
-        """Takes a destroyed stack's outputs away."""
-        self._root(f"rm -f {STACKS}/{stack}.json")
+        """Takes a destroyed stack's outputs away, and its backup jobs; what is backed up stays."""
+        self._root(f"rm -f {STACKS}/{stack}.json {BACKUPS}/{stack}.json")
+
+    def show(self, verb: str, *options: str) -> int:
+        """Runs a verb and shows what it says as it comes. Its exit code."""
+        missing = "echo 'the host stack is not deployed there. Next step: make up' >&2; exit 2"
+        script = (
+            f"[ -e {PROGRAM} ] || {{ {missing}; }}\nexec {shlex.join(['python3', '-u', PROGRAM, verb, *options])}\n"
+        )
+        try:
+            return onhost.shown(self._address, script)
+        except OSError as error:
+            raise PulumiError(f"The host could not be asked: {error}. Next step: make doctor") from None
 
     @contextmanager
     def deploying(self, stacks: Sequence[str]) -> Iterator[None]:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import agent, bootstrap, deploy, diagram, doctor, order, plan, report
+from cli import agent, backups, bootstrap, bucket, deploy, diagram, doctor, order, plan, report
+from cli import recover as recovery
 from cli.pulumi import Pulumi, PulumiError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +31,24 @@ Environments = Annotated[
 ]
 
 
+def judged() -> Pulumi:
+    """Pulumi, with what the host knows of its backups for the policies to judge."""
+    pulumi = Pulumi.of(ROOT)
+    with console.status("asking the host about its backups"):
+        verified = agent.Agent.of(ROOT).verified()
+    pulumi.variables = {**pulumi.variables, **({"BULKHEAD_VERIFIED": verified} if verified else {})}
+    return pulumi
+
+
 @app.command()
 def up(environments: Environments = None) -> None:
     """Deploy what differs: host first, then protected environments, then the others."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(deploy.up(Pulumi.of(ROOT), stacks, pack, agent.Agent.of(ROOT), console))
+    pulumi, host = judged(), agent.Agent.of(ROOT)
+    code = deploy.up(pulumi, stacks, pack, host, console)
+    recovery.store(pulumi, host, stacks, console)  # also after a failure: the state has changed
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -46,7 +59,7 @@ def preview(
     """Show what would change, through the policies. Fails if a stack's preview does."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(deploy.preview(Pulumi.of(ROOT), stacks, pack, console, drift=drift))
+    raise typer.Exit(deploy.preview(judged(), stacks, pack, console, drift=drift))
 
 
 @app.command(name="report")
@@ -57,7 +70,7 @@ def write_report(
     """Every verdict of the policies as text, JSON, JUnit and SARIF. Fails on a violation or a failed preview."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(report.write(Pulumi.of(ROOT), stacks, pack, output, console))
+    raise typer.Exit(report.write(judged(), stacks, pack, output, console))
 
 
 @app.command()
@@ -104,6 +117,91 @@ def show_firewall() -> None:
     raise typer.Exit(agent.show_firewall(agent.Agent.of(ROOT), console))
 
 
+Service = Annotated[str, typer.Option(help="One volume or service only.")]
+Target = Annotated[str, typer.Option(help="From this target; else the first.")]
+
+
+@app.command()
+def backup(
+    environments: Environments = None,
+    service: Service = "",
+    show: Annotated[bool, typer.Option("--list", help="List the snapshots instead.")] = False,
+) -> None:
+    """Back up now, whatever the schedule says: all volumes that declare it, or one."""
+    options = [*backups.words(environments, service), *(["--list"] if show else [])]
+    raise typer.Exit(agent.Agent.of(ROOT).show("backup", *options))
+
+
+@app.command()
+def drill(environments: Environments = None, service: Service = "") -> None:
+    """Restore the newest backups into volumes that are thrown away, and check them. Fails if one is not all there."""
+    raise typer.Exit(agent.Agent.of(ROOT).show("restore", "--drill", *backups.words(environments, service)))
+
+
+@app.command()
+def prune(
+    environment: Annotated[str, typer.Argument(metavar="ENV", help="Whose snapshots.")],
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="A bucket of the ledger's targets.")] = None,
+) -> None:
+    """Let go of old snapshots in a bucket, where the host's credentials cannot: with AWS_ACCESS_KEY_ID and
+    AWS_SECRET_ACCESS_KEY of the pruner."""
+    where = bucket.read(ROOT, environment, target)
+    jobs = Pulumi.of(ROOT).secret(environment, deploy.JOBS)
+    raise typer.Exit(backups.prune(environment, jobs, where, os.environ, console))
+
+
+@app.command()
+def restore(
+    environment: Annotated[str, typer.Argument(help="The environment.")] = "",
+    service: Service = "",
+    at: Annotated[str, typer.Option(help="A time (2026-11-25 14:00:05), or a snapshot.")] = "latest",
+    target: Target = "",
+    to: Annotated[str, typer.Option(help="Into a new volume of this name, and leave it there.")] = "",
+    in_place: Annotated[bool, typer.Option("--yes", help="Put it in place of what is there.")] = False,
+    lose_newer: Annotated[bool, typer.Option(help="Also where that was written to since.")] = False,
+    release: Annotated[str, typer.Option(help="Remove a volume that an earlier restore kept.")] = "",
+    find: Annotated[str, typer.Option(metavar="PATTERN", help="List a snapshot's files instead.")] = "",
+    file: Annotated[str, typer.Option(metavar="PATH", help="Bring back one file, into the folder --to.")] = "",
+) -> None:
+    """Restore a volume into a fresh one, check it there, and on request put it in place; what was there is kept."""
+    values = {"at": at, "target": target, "to": to, "release": release, "find": find, "file": file}
+    options = [word for name, value in values.items() if value for word in (f"--{name}", value)]
+    options += ["--lose-newer"] if lose_newer else []
+    ask = typer.prompt if sys.stdin.isatty() else None
+    host = agent.Agent.of(ROOT)
+    if release:
+        raise typer.Exit(host.show("restore", *options))
+    raise typer.Exit(backups.restore(host, environment, service, options, os.environ, ask, console, in_place=in_place))
+
+
+@app.command(name="refresh-dev")
+def refresh_dev(
+    environment: Annotated[str, typer.Argument(help="The environment that gets the copy.")] = "dev",
+    service: Service = "",
+    in_place: Annotated[bool, typer.Option("--yes", help="Put it in place of what is there.")] = False,
+) -> None:
+    """Give dev a masked copy of prod's data, from the newest backup; what was there is kept."""
+    ask = typer.prompt if sys.stdin.isatty() else None
+    host = agent.Agent.of(ROOT)
+    raise typer.Exit(
+        backups.restore(host, environment, service, ["--refresh"], os.environ, ask, console, in_place=in_place)
+    )
+
+
+@app.command()
+def recover(
+    source: Annotated[str, typer.Option("--from", metavar="TARGET", help="Folder, or s3:https://server/bucket.")] = "",
+    environment: Annotated[str, typer.Option(help="The protected environment that the recovery key is of.")] = "prod",
+) -> None:
+    """Bring a lost host back from its backups, on a fresh machine. The recovery key is asked for, or RECOVERY_KEY."""
+    key = os.environ.get("RECOVERY_KEY") or (
+        typer.prompt("Recovery key", hide_input=True) if sys.stdin.isatty() else ""
+    )
+    if not source or not key:
+        raise PulumiError("Both are needed: FROM=/srv/backup (or s3:https://server/bucket), and RECOVERY_KEY=…")
+    raise typer.Exit(recovery.recover(ROOT, source, environment, key, console))
+
+
 @app.command(name="plan")
 def show_plan() -> None:
     """The ledger in absolute amounts: capacity, promised, free."""
@@ -134,6 +232,37 @@ def prepare_server(
     raise typer.Exit(bootstrap.bootstrap(host, deployer, bootstrap.public_key(key, Path.home()), console))
 
 
+@app.command(name="bucket")
+def make_bucket(
+    environment: Annotated[str, typer.Argument(metavar="ENV", help="Whose backups go there.")],
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="A bucket of the ledger's targets.")] = None,
+    policies: Annotated[bool, typer.Option("--policies", help="Only print the roles' policies, as JSON.")] = False,
+    compliance: Annotated[
+        bool, typer.Option("--compliance", help="A lock that nobody can lift or shorten, you included.")
+    ] = False,
+    principal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=PRINCIPAL", help="Who gets the policy of writer, pruner, restorer."),
+    ] = None,
+    bring_back: Annotated[
+        bool, typer.Option("--bring-back", help="Undo what was deleted or overwritten in the environment's repository.")
+    ] = False,
+) -> None:
+    """Make the bucket of a backup target, or check it: versions, lock, lifecycle, who may do what."""
+    where = bucket.read(ROOT, environment, target)
+    if bring_back:
+        raise typer.Exit(bucket.bring_back(where, environment, os.environ, console))
+    if policies:
+        print(bucket.policies(where, environment, principal or ()))
+        return
+    pulumi = Pulumi.of(ROOT)
+    jobs = pulumi.secret(environment, deploy.JOBS) if environment in pulumi.stacks() else None
+    key = jobs["password"] if jobs else None
+    raise typer.Exit(
+        bucket.ensure(where, environment, os.environ, principal or (), key, console, compliance=compliance)
+    )
+
+
 @app.command(name="diagram")
 def draw_diagram(
     path: Annotated[Path, typer.Argument(help="The SVG file to write.")] = ROOT / ".bulkhead" / "diagram.svg",
@@ -153,4 +282,6 @@ def draw_diagram(
 )
 def passthrough(context: typer.Context) -> None:
     """Pulumi itself, with this checkout's tools, backend and passphrase: `pulumi config set …`."""
-    raise typer.Exit(Pulumi.of(ROOT).run(*context.args))
+    pulumi = Pulumi.of(ROOT)
+    deploy.ready(pulumi, context.args)
+    raise typer.Exit(pulumi.run(*context.args))

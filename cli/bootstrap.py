@@ -85,6 +85,7 @@ while read -r program package; do
 done <<'PROGRAMS'
 dockerd docker.io
 nft nftables
+restic restic
 python3 python3
 sudo sudo
 logger bsdutils

@@ -3,6 +3,7 @@ Each is one readable function; Pulumi does the work."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from settings.ledger import Tier
 
 CONTAINER = "docker:index/container:Container"
 VOLUME = "docker:index/volume:Volume"
+JOBS = "backup_jobs"  # stacks.environment
 STRICT = "--expect-no-changes"  # Pulumi's own word on whether a deploy can be left out
 RETRY_UP = "See the error above; correct it, then make up again"
 
@@ -35,10 +37,13 @@ def policy_pack(root: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
     return ("--policy-pack", str(pack), "--policy-pack-config", str(config))
 
 
-def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], agent: Agent, console: Console) -> int:
+def up(
+    pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], agent: Agent, console: Console, *, held: bool = False
+) -> int:
     """Deploy what differs, tell the host's agent what is to be there, and prove that every boundary holds.
 
-    Fails when the proof does: what is deployed stays, and somebody has to look.
+    Fails when the proof does: what is deployed stays, and somebody has to look. `held`: no backup is taken by schedule
+    until it is told again, since the data is yet to come.
     """
     with agent.deploying(stacks.names):
         changed: list[str] = []
@@ -47,6 +52,7 @@ def up(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], agent: Agent, consol
         # `pulumi up` before it has told the host nothing.
         for name in stacks.environments if code == 0 else changed:
             agent.declare(name, pulumi.outputs(name))
+            agent.entrust(name, pulumi.secret(name, JOBS), held=held)
     if code:
         return code
     if not agent.declared():
@@ -89,7 +95,7 @@ def deploy(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], changed: list[st
         again = [name for name in stacks.environments if name in deployed]
         found |= previews.run(pulumi, again, pack, console, [STRICT])
     else:
-        console.print(f"{HOST}: no changes")
+        previews.unchanged(found[HOST], console)
     failed = [preview for preview in found.values() if preview.outcome is Outcome.FAILED]
     for preview in failed:
         previews.show(preview, console)
@@ -145,7 +151,7 @@ def _apply(
 ) -> bool:
     preview = found.get(name)
     if preview and preview.outcome is Outcome.UNCHANGED:
-        console.print(f"{name}: no changes")
+        previews.unchanged(preview, console)
         return True
     if preview and preview.outcome is Outcome.FAILED:
         previews.show(preview, console)
@@ -176,6 +182,8 @@ def preview(pulumi: Pulumi, stacks: Stacks, pack: Sequence[str], console: Consol
     for one in found.values():
         if one.outcome is not Outcome.UNCHANGED:
             previews.show(one, console)
+        elif one.advice:
+            previews.unchanged(one, console)
     console.print(previews.table(found.values()))
     bad = {Outcome.FAILED, Outcome.CHANGED} if drift else {Outcome.FAILED}
     return int(any(one.outcome in bad for one in found.values()))
@@ -203,6 +211,16 @@ def previewed(
     found = previews.run(pulumi, possible, pack, console, options, variables)
     waiting = "The host stack is not deployed, and its outputs are needed. Next step: make up"
     return {name: found.get(name) or Preview(name, Outcome.FAILED, "", 0, waiting) for name in stacks.names}
+
+
+def ready(pulumi: Pulumi, words: Sequence[str]) -> None:
+    """Makes the stack that a `pulumi config` is about, where it is one with settings that was never deployed: the
+    secrets of an environment are set before that."""
+    named = [after for word, after in pairwise([*words, ""]) if word in ("--stack", "-s")]
+    named += [word.partition("=")[2] for word in words if word.startswith("--stack=")]
+    ours = len(named) == 1 and (pulumi.root / f"Pulumi.{named[0]}.yaml").exists()
+    if words[:1] == ["config"] and ours and named[0] not in pulumi.stacks():
+        pulumi.create(named[0])
 
 
 def down(
@@ -244,11 +262,14 @@ def down(
     return 0
 
 
-def confirmed(environment: str, variables: Mapping[str, str], ask: Callable[[str], str] | None) -> bool:
+def confirmed(
+    environment: str, variables: Mapping[str, str], ask: Callable[[str], str] | None, question: str = ""
+) -> bool:
     """Whether the user named the environment: in BULKHEAD_CONFIRM (one or several names), else when asked."""
     if environment in variables.get("BULKHEAD_CONFIRM", "").replace(",", " ").split():
         return True
-    return ask is not None and ask(f"{environment} is protected. Type its name to destroy it") == environment
+    question = question or f"{environment} is protected. Type its name to destroy it"
+    return ask is not None and ask(question) == environment
 
 
 def _nothing_else_runs(pulumi: Pulumi, resources: Mapping[str, int], going: Sequence[str]) -> None:

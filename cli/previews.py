@@ -18,6 +18,7 @@ LOG_SECONDS = 10.0  # between progress lines where there is no terminal
 
 _CHANGE = re.compile(r"^\s+(?:[+~-]+\s*|\+-\s*)(\d+) (to [\w-]+|[\w-]+d)\s*$", re.MULTILINE)
 _MANDATORY = re.compile(r"^\s+- \[mandatory\]", re.MULTILINE)
+_ADVICE = re.compile(r"^ +- \[advisory\].*\n(?: {9,}(?!- ).*\n)*", re.MULTILINE)
 _OUTPUT_CHANGE = re.compile(r"^Outputs:\n(?:\s{2,}.*\n)*?\s{2}[+~-]\s", re.MULTILINE)
 _NOT_EXPECTED = re.compile(r"no changes were expected.* but changes were proposed")
 
@@ -29,13 +30,15 @@ class Outcome(StrEnum):
 
 
 class Preview(NamedTuple):
-    """One stack's preview. `changes` as in `2 to create`; `violations` counts mandatory ones."""
+    """One stack's preview. `changes` as in `2 to create`; `violations` counts mandatory ones; `advice` are the others
+    of one without changes, whose output nobody sees."""
 
     stack: str
     outcome: Outcome
     changes: str
     violations: int
     output: str
+    advice: str = ""
 
 
 def classify(stack: str, result: Result) -> Preview:
@@ -46,7 +49,7 @@ def classify(stack: str, result: Result) -> Preview:
     if result.code and (violations or not _NOT_EXPECTED.search(text)):
         return Preview(stack, Outcome.FAILED, changes, violations, result.output + hint(text))
     if not result.code and not changes and not _OUTPUT_CHANGE.search(text):
-        return Preview(stack, Outcome.UNCHANGED, "", 0, result.output)
+        return Preview(stack, Outcome.UNCHANGED, "", 0, result.output, "".join(_ADVICE.findall(text)))
     return Preview(stack, Outcome.CHANGED, changes or "outputs", 0, result.output)
 
 
@@ -103,6 +106,12 @@ def show(preview: Preview, console: Console) -> None:
     console.rule(f"{preview.stack}: {preview.outcome}", align="left")
     console.file.write(preview.output.rstrip() + "\n")
     console.file.flush()
+
+
+def unchanged(preview: Preview, console: Console) -> None:
+    """Says that a stack has no changes, and what the policies advise all the same."""
+    console.print(f"{preview.stack}: no changes")
+    console.print(preview.advice, end="", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(previews: Iterable[Preview]) -> Table:

@@ -237,6 +237,12 @@ class Pulumi:
         """The outputs of an existing stack, as docs/outputs.schema.json describes them."""
         return dict(json.loads(self._answer("stack", "output", "--json", "--stack", stack)))
 
+    def secret(self, stack: str, output: str) -> Any:
+        """The value of one secret output; None where the stack has no such output."""
+        if output not in self.outputs(stack):
+            return None
+        return json.loads(self._answer("stack", "output", output, "--json", "--show-secrets", "--stack", stack))
+
     def disk_is_full(self) -> bool:
         """Whether the state's disk has no room for another checkpoint."""
         folder = backend_folder(self.variables.get("PULUMI_BACKEND_URL", ""))

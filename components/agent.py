@@ -27,8 +27,14 @@ DECLARED = "/etc/bulkhead"
 STATE = "/var/lib/bulkhead"
 RUN = "/run/bulkhead"
 UNITS = "/etc/systemd/system"
-VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news")}
+NOT_ON_HOST = {"bucket.py"}
+"""Runs where deploys do, and needs more than Python's own library."""
+VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news"), "backup": ("backup", "--due")}
 """What runs regularly, and its arguments."""
+LONG = {"backup"}
+"""What may take hours, and gives way to everything else meanwhile."""
+GIVES_WAY = "TimeoutStartSec=infinity\nNice=19\nIOSchedulingClass=idle\nCPUWeight=idle\nIOWeight=1\n"
+LIMIT = "TimeoutStartSec=300\n"
 EVERY_SECONDS = 50
 """So that what happens just after a look, and is looked at twice, is reported within a minute."""
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PATH\n"
@@ -121,7 +127,8 @@ def zipapp(sources: Path) -> bytes:
     Not compressed: what zlib makes of the same input depends on its version.
     """
     main = "import sys\n\nfrom host.__main__ import main\n\nsys.exit(main(sys.argv[1:]))\n"
-    content = {"__main__.py": main} | {f"host/{path.name}": path.read_text() for path in sources.glob("*.py")}
+    files = [path for path in sources.glob("*.py") if path.name not in NOT_ON_HOST]
+    content = {"__main__.py": main} | {f"host/{path.name}": path.read_text() for path in files}
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
         for name, text in sorted(content.items()):
@@ -170,7 +177,12 @@ def remove() -> str:
     """Shell text that removes all that the agent has and wrote; folders stay where others keep something in them."""
     return (
         f"{PATH}{stop()}"
-        f"rm -rf {LIBRARY} {DECLARED}/host.json {DECLARED}/stacks {STATE}/metrics {RUN}\n"
+        # What takes long goes on when only its timer stops, or its program changes.
+        "if [ -d /run/systemd/system ]; then\n"
+        f"  systemctl stop {' '.join(f'bulkhead-{verb}.service' for verb in LONG)} 2>/dev/null || true\n"
+        f"elif [ -e {PROGRAM} ]; then\n  python3 {PROGRAM} backup --stop || true\nfi\n"
+        f"rm -rf {LIBRARY} {DECLARED}/host.json {DECLARED}/stacks {DECLARED}/backup {RUN}\n"
+        f"rm -rf {STATE}/metrics {STATE}/backup\n"
         f"rm -f {STATE}/verify.json {STATE}/keep.json {STATE}/prove.json {STATE}/watch.log {STATE}/watch.log.1\n"
         "if [ -d /run/systemd/system ]; then\n"
         f"  rm -f {' '.join(f'{UNITS}/{name}' for name in units())}\n  systemctl daemon-reload\nfi\n"
@@ -192,7 +204,7 @@ def units() -> Mapping[str, str]:
             f"[Unit]\nDescription=Bulkhead: {verb}\nAfter=docker.service\n"
             f"[Service]\nType=oneshot\nExecStart=/usr/bin/python3 {PROGRAM} {' '.join(arguments)}\n"
             # A difference is news in the journal and a metric, not a unit that failed.
-            "SuccessExitStatus=1\nTimeoutStartSec=300\n"
+            f"SuccessExitStatus=1\n{GIVES_WAY if verb in LONG else LIMIT}"
         )
         found[f"bulkhead-{verb}.timer"] = (
             f"[Unit]\nDescription=Bulkhead: {verb} regularly\n"

@@ -20,7 +20,7 @@ from components.image import Image, ImageArgs
 from components.labels import declared
 from components.network import Network, NetworkArgs
 from components.secret import Secret, SecretArgs
-from components.service import MIB, Attachment, Service, ServiceArgs, shares
+from components.service import MIB, Attachment, Service, ServiceArgs, cpus, shares
 from components.volume import Volume, VolumeArgs
 from settings import compose
 from settings.errors import SettingsError
@@ -414,7 +414,7 @@ def checked(environment: str, key: str, project: compose.Project) -> dict[str, A
             [*own, *(engine_name(environment, name, project.networks[name]) for name in service.networks)]
         ),
         "memory": None if limit.memory is None else limit.memory // MIB * MIB,
-        "cpus": limit.cpus,
+        "cpus": None if limit.cpus is None else float(cpus(limit.cpus)),
         "cpu_shares": None if reserved.cpus is None else shares(reserved.cpus),
         "restart": service.restart or "no",
         "completes": awaited(key, project),
@@ -460,11 +460,6 @@ def notes(project: compose.Project, tier: Tier) -> list[str]:
         "(x-bulkhead: {egress: true} on the network opens it)"
         for key, network in sorted(project.networks.items())
         if not network.external and not network.internal and is_internal(key, project)
-    ]
-    told += [
-        f"volume {key}: a backup by {volume.x_bulkhead.backup.engine} is declared, and no job runs it yet"
-        for key, volume in sorted(project.volumes.items())
-        if volume.x_bulkhead.backup is not None
     ]
     if tier is not Tier.PROTECTED:
         told += [

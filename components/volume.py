@@ -18,7 +18,7 @@ from settings.ledger import Tier
 class VolumeArgs:
     """A volume. `name`: the engine's name for it. `driver_opts`: options of the `local` driver.
 
-    `declared`: what policies are to know of it, as in `x-bulkhead`: `backup`, `ephemeral`, `exempt`.
+    `declared`: what policies are to know of it, as in `x-bulkhead`: `backup`, `refresh`, `ephemeral`, `exempt`.
     """
 
     name: pulumi.Input[str]

@@ -119,6 +119,12 @@ TOOLS = (
         "github.com/tsenart/vegeta/v12",
         stamps={"main.Version": "v12.13.0"},
     ),
+    Component(
+        "versitygw",
+        "versitygw",
+        "github.com/versity/versitygw/cmd/versitygw",
+        stamps={"main.Version": "v1.8.0"},
+    ),
 )
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine import dockerd
@@ -353,13 +354,13 @@ def base_image_install(machine: Machine) -> None:
     base_image.ensure(machine.cache, say)
 
 
-# --- Firewall ------------------------------------------------------------------------------------------------
+# --- Firewall and backups ------------------------------------------------------------------------------------
 
 
-def nftables_missing(machine: Machine) -> str | None:
+def missing_on_host(machine: Machine, program: str) -> str | None:
     """Needed on the Docker host itself; another machine is prepared by `make bootstrap`."""
-    there = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    return None if there or not machine.docker_host.startswith("unix://") else "no `nft`"
+    there = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return None if there or not machine.docker_host.startswith("unix://") else f"no `{program}`"
 
 
 # --- The table -----------------------------------------------------------------------------------------------
@@ -389,14 +390,17 @@ STEPS = {
     "pulumi": Step("Pulumi, its plugins and Compose", pulumi_missing, pulumi_install),
     "docker": Step("Docker engine", docker_missing, docker_install),
     "base-image": Step("Base image", base_image_missing, base_image_install),
-    "nftables": Step("nftables, for the firewall", nftables_missing, lambda _: apt_install("nftables")),
+    "nftables": Step(
+        "nftables, for the firewall", partial(missing_on_host, program="nft"), lambda _: apt_install("nftables")
+    ),
+    "restic": Step("restic, for backups", partial(missing_on_host, program="restic"), lambda _: apt_install("restic")),
     "graphviz": Step("Graphviz, which draws the diagram", graphviz_missing, lambda _: apt_install("graphviz")),
 }
 
 COMMANDS: Mapping[str, Sequence[str]] = {
-    "up": ("packages", "project", "pulumi", "nftables", "docker", "base-image"),
+    "up": ("packages", "project", "pulumi", "nftables", "restic", "docker", "base-image"),
     "preview": ("packages", "project", "pulumi"),  # works with the engine out of reach, as in a pull request
-    "test": ("packages", "tools", "project", "pulumi", "nftables", "docker", "base-image", "graphviz"),
+    "test": ("packages", "tools", "project", "pulumi", "nftables", "restic", "docker", "base-image", "graphviz"),
     "diagram": ("packages", "project", "pulumi", "graphviz"),
     "lint": ("packages", "tools", "project"),
     "plan": ("packages", "project"),

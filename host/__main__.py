@@ -12,7 +12,9 @@ VERBS = {
     "verify": "compare what is declared with the engine, the cgroups and the firewall",
     "prove": "try every way across a boundary; each must fail",
     "keep": "keep OOM scores and disk ceilings as declared",
-    "watch": "run verify and keep at their periods, where no systemd does",
+    "backup": "run the backups that are due, or list what there is",
+    "restore": "bring a backup back, checked; or drill: the same into a volume that is thrown away",
+    "watch": "run verify, keep and backup at their periods, where no systemd does",
 }
 
 

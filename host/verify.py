@@ -17,6 +17,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from host import backup
 from host.machine import Places, Undecided, ask, deploying, read_json, write
 
 SECOND_LOOK_SECONDS = 2.0
@@ -193,6 +194,8 @@ def touches(
         return None  # it only carries files into a volume and is never started
     if PROBE_LABEL in labels and young(container):
         return None  # the prover's, and gone in a moment
+    if backup.RESTORE_LABEL in labels and young(container, backup.LIMIT_SECONDS):
+        return None  # a restore's
     for environment, promised in declared.environments.items():
         if any(inside(path, promised["cgroup_parent"]) for path in parents):
             return environment, f"in its slice {promised['cgroup_parent']}"
@@ -210,10 +213,10 @@ def touches(
     return (str(labels[LABEL]), f"labelled {LABEL}={labels[LABEL]}") if labels.get(LABEL) else None
 
 
-def young(container: Mapping[str, Any]) -> bool:
-    """Whether it was made within the time that a proof may take."""
+def young(container: Mapping[str, Any], seconds: float = PROOF_SECONDS) -> bool:
+    """Whether it was made within so many seconds: the time that a proof may take."""
     made = datetime.fromisoformat(str(container["Created"])[:19]).replace(tzinfo=UTC)
-    return (datetime.now(UTC) - made).total_seconds() < PROOF_SECONDS
+    return (datetime.now(UTC) - made).total_seconds() < seconds
 
 
 def inside(path: str, parent: str) -> bool:
@@ -569,7 +572,16 @@ def look(places: Places) -> Look:
     if declared.firewall:
         compare("firewall", 1, firewall_(declared, declared.firewall))
     compare("agent", 1, agent(declared, places))
+    listed_ = len(list((places.declared / "backup").glob("*.json")))
+    if listed_:
+        compare("environments' backups", listed_, backups(places))
     return found
+
+
+def backups(places: Places) -> Iterator[Difference]:
+    """Backups that are overdue, failed, or were not restored and checked for too long."""
+    for job, what, known in backup.alarming(places):
+        yield Difference(job.environment, f"backup {what}", f"volume {job.volume}", "backed up and verified", known)
 
 
 def firewall_(declared: Declared, file: Path) -> Iterator[Difference]:

@@ -1,4 +1,4 @@
-"""watch: runs verify and keep at their periods on a host without systemd; there timers do.
+"""watch: runs verify, keep and backup at their periods on a host without systemd; there timers do.
 
 One process, started by the host stack. Each run is a process of its own with a time limit, so that one that fails or
 hangs ends nothing else. What they print (only news) goes to `/var/lib/bulkhead/watch.log`.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from host.machine import Places
 
-VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news")}
+VERBS = {"verify": ("verify", "--news"), "keep": ("keep", "--news"), "backup": ("backup", "--due", "--background")}
 PERIOD = 60.0
 MARGIN = 10.0
 """Runs start so many seconds before the period is over (half of a short one): what happens just after a look, and is

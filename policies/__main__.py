@@ -1,5 +1,6 @@
 """The pack as the engine starts it; nothing imports this module.
-The ledger is `BULKHEAD_LEDGER`, or `Pulumi.host.yaml` beside the pack; verdicts go to `BULKHEAD_VERDICTS`, if set."""
+The ledger is `BULKHEAD_LEDGER`, or `Pulumi.host.yaml` beside the pack; verdicts go to `BULKHEAD_VERDICTS`, if set;
+what the host knows of its backups is `BULKHEAD_VERIFIED`, if a command has asked it."""
 
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ BESIDE = Path(__file__).resolve().parent.parent / "Pulumi.host.yaml"
 serve(
     Server(
         RULES,
-        World.of(Path(os.environ.get("BULKHEAD_LEDGER") or BESIDE)),
+        World.of(Path(os.environ.get("BULKHEAD_LEDGER") or BESIDE), os.environ.get("BULKHEAD_VERIFIED")),
         recorder(os.environ.get("BULKHEAD_VERDICTS")),
     )
 )

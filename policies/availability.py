@@ -3,10 +3,11 @@ images that cannot change under it, volumes that are kept and backed up."""
 
 import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 from policies.rule import BEST_EFFORT, ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, number, rule
-from policies.world import CONTAINER, IMAGE, VOLUME, Field, Resource
+from policies.world import CONTAINER, IMAGE, JOB, VOLUME, Field, Resource
 
 DIGEST = re.compile(r"(?:^|@)sha256:[0-9a-f]{64}$")
 ROTATING = frozenset({"json-file", "local"})
@@ -204,4 +205,29 @@ def volume_backup(_field: Field, about: Subject) -> Iterator[Finding]:
             "no backup declared",
             "it is lost with the disk, and nobody decided that it may be",
             "write x-bulkhead: {backup: {engine: files, schedule: daily}} or {ephemeral: true} on the volume",
+        )
+
+
+@rule(
+    id="backup-verified",
+    title="backups of a protected environment were lately restored and checked",
+    references=("a backup that was never restored is a hope",),
+    reads={JOB: ("volume",)},
+    tiers=PROTECTED,
+    exemptable=PROTECTED,
+    advised=PROTECTED,
+)
+def backup_verified(field: Field, about: Subject) -> Iterator[Finding]:
+    """The host's drills restore and check them, within `verified_within` of the ledger. Where no command of Bulkhead's
+    has asked the host, as with `pulumi preview` alone, nothing is said."""
+    known = about.world.verified
+    if known is None:
+        return
+    at, within = known.get(str(field.value)), timedelta(seconds=about.world.settings.backup.verified_within)
+    oldest = datetime.combine(about.world.today, time(), UTC) - within
+    if not isinstance(at, int | float) or at < oldest.timestamp():
+        yield Finding(
+            repr(field.value),
+            f"no restore of its backup was checked in the last {within.days} days: nobody knows whether one succeeds",
+            f"run make drill ENV={about.resource.stack}; make verify says what stands in the way",
         )

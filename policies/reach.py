@@ -12,6 +12,7 @@ from policies.wire import UNKNOWN
 from policies.world import (
     BUILT,
     CONTAINER,
+    DECLARED,
     HOST,
     IMAGE,
     NETWORK,
@@ -513,6 +514,29 @@ def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
             f"named after {owner}",
             f"with {owner}'s files or credentials this environment can do what only {owner} may",
             f"give {about.resource.stack} files and credentials of its own",
+        )
+
+
+@rule(
+    id="refresh-masked",
+    title="a copy of real data is masked, and goes to best-effort environments only",
+    references=("customers' data in dev",),
+    reads={DECLARED: ("refresh.mask",)},
+)
+def refresh_masked(field: Field, about: Subject) -> Iterator[Finding]:
+    """`make refresh-dev` puts a copy of a protected environment's data into a volume that says so with `x-bulkhead:
+    {refresh: …}`; its `mask` is SQL that takes out of the copy what nobody in dev may see."""
+    if about.tier == Tier.PROTECTED:
+        yield Finding(
+            "refresh is set",
+            "it would put another environment's data in place of this one's",
+            "remove it: data of a protected environment comes back with make restore",
+        )
+    elif not field.value:
+        yield Finding(
+            "no mask",
+            f"everybody who may look into {about.resource.stack} would see real customers",
+            "name a file of SQL; one that has nothing to take out says so in a comment",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from settings.backup import BackupSettings
 from settings.errors import Frozen, Loc, SettingsError, did_you_mean, dotted, faults, sentence, together
 from settings.exemption import LedgerExemption
 from settings.units import NANO, Percent, format_bytes, parse_bytes, parse_cpus, parse_percent
@@ -328,14 +329,14 @@ def _environment_name(name: str) -> str:
 
 
 KEYS: Mapping[str, str] = {
-    f"bulkhead:{name}": name for name in ("host", "capacity", "system", "environments", "exempt")
+    f"bulkhead:{name}": name for name in ("host", "capacity", "system", "environments", "backup", "exempt")
 }
 
 
 class LedgerSettings(Frozen):
     """The ledger as written; `resolve` makes it absolute. `folder`: where its file is, which is the checkout.
 
-    `exempt`: exemptions from policies that judge the ledger itself.
+    `backup`: where backups go. `exempt`: exemptions from policies that judge the ledger itself.
     """
 
     file: str = "Pulumi.host.yaml"
@@ -343,11 +344,12 @@ class LedgerSettings(Frozen):
     capacity: CapacitySettings = CapacitySettings()
     system: Shares = Shares()
     environments: Mapping[Annotated[str, AfterValidator(_environment_name)], EnvironmentShares] = Field(min_length=1)
+    backup: BackupSettings = BackupSettings()
     exempt: tuple[LedgerExemption, ...] = ()
     folder: Path = Path()
     lines: Mapping[Loc, int] = Field(default={}, repr=False, exclude=True)
 
-    @field_validator("capacity", "system", mode="before")
+    @field_validator("capacity", "system", "backup", mode="before")
     @classmethod
     def _empty_is_none(cls, written: object) -> object:
         return {} if written is None else written

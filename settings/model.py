@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from settings.backup import Backup, Refresh
 from settings.errors import Frozen, Loc, SettingsError
 from settings.exemption import Exemption
 from settings.remedies import REMEDIES, RESOLVED
@@ -243,17 +244,11 @@ class NetworkExtension(Frozen):
     exempt: tuple[Exemption, ...] = ()
 
 
-class Backup(Frozen):
-    """How a volume is to be backed up. `schedule` as systemd writes calendars: `daily`, `*-*-* 03:00`."""
-
-    engine: Literal["postgres", "redis", "files"]
-    schedule: str
-
-
 class VolumeExtension(Frozen):
     """`x-bulkhead` of a volume. `ephemeral`: nobody would miss what is in it, so it is not backed up."""
 
     backup: Backup | None = None
+    refresh: Refresh | None = None
     ephemeral: bool = False
     exempt: tuple[Exemption, ...] = ()
 

@@ -10,10 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
+from settings.backup import Backup, BucketTarget
 from settings.compose import Port, Project, read
 from settings.errors import Frozen, Loc, SettingsError, did_you_mean, dotted, faults, sentence, together
 from settings.ledger import Ledger, LedgerSettings, Tier
 from settings.yamlfile import YamlFile
+
+REPOSITORY_KEY = "backup_key"
+"""The secret that is the key of an environment's backups, where it is given and not generated."""
 
 PublishedPort = tuple[str, int, str]
 """Host address, port, protocol."""
@@ -170,13 +174,19 @@ def _missing_secrets(project: Project, settings: EnvironmentSettings) -> Iterabl
     for key, secret in project.secrets.items():
         name = secret.name or key
         if secret.external and secret.x_bulkhead.generate is None and name not in settings.secret_names:
-            yield SettingsError(
-                file=f"Pulumi.{settings.name}.yaml",
-                key=f"bulkhead:secrets.{name}",
-                problem=f"missing: the compose files take secret {key!r} from here",
-                remedy=f'Set it with `make pulumi ARGS="config set --stack {settings.name} --secret --path '
-                f"'bulkhead:secrets.{name}'\"`, or let it be made once with x-bulkhead: {{generate: 32}}.",
-            )
+            problem = f"the compose files take secret {key!r} from here"
+            yield _unset(name, settings, problem, ", or let it be made once with x-bulkhead: {generate: 32}")
+
+
+def _unset(name: str, settings: EnvironmentSettings, problem: str, otherwise: str = "") -> SettingsError:
+    """A secret of the environment that has no value. `otherwise`: what else could be done."""
+    return SettingsError(
+        file=f"Pulumi.{settings.name}.yaml",
+        key=f"bulkhead:secrets.{name}",
+        problem=f"missing: {problem}",
+        remedy=f'Set it with `make pulumi ARGS="config set --stack {settings.name} --secret --path '
+        f"'bulkhead:secrets.{name}'\"`{otherwise}.",
+    )
 
 
 def _missing_variables(project: Project, settings: EnvironmentSettings) -> Iterable[SettingsError]:
@@ -191,6 +201,87 @@ def _missing_variables(project: Project, settings: EnvironmentSettings) -> Itera
                     problem="the variable has no value",
                     remedy="Set it under bulkhead:secrets or bulkhead:variables.",
                 )
+
+
+def refreshed(
+    project: Project, ledger: LedgerSettings, settings: EnvironmentSettings
+) -> Mapping[str, Mapping[str, str]]:
+    """The volumes that can get a copy of real data, by their compose key: `environment` it comes from, `mask` as SQL.
+
+    SettingsError for a mask that cannot be read, and for an environment that is not a protected one of the ledger. A
+    volume without a mask is policy's to refuse, and is left out.
+    """
+    found = {}
+    protected = [name for name, one in ledger.environments.items() if one.tier is Tier.PROTECTED]
+    for key, volume in sorted(project.volumes.items()):
+        refresh = volume.x_bulkhead.refresh
+        if refresh is None or refresh.mask is None:
+            continue
+        where, files = f"volumes.{key}.x-bulkhead.refresh", ", ".join(path.name for path in settings.compose)
+        if refresh.environment not in protected:
+            problem, remedy = "no protected environment", did_you_mean(refresh.environment, protected)
+            value = refresh.environment
+            raise SettingsError(file=files, key=f"{where}.environment", value=value, problem=problem, remedy=remedy)
+        file = settings.compose[0].parent / refresh.mask
+        try:
+            found[key] = {"environment": refresh.environment, "mask": file.read_text()}
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"{file} cannot be read: {error}"
+            remedy = "Name a file of SQL, relative to the folder of the first Compose file."
+            value = refresh.mask
+            raise SettingsError(file=files, key=f"{where}.mask", value=value, problem=problem, remedy=remedy) from None
+    return found
+
+
+def credentials(target: str) -> Mapping[str, str]:
+    """The names of the secrets that hold a bucket's credentials, by the variables that restic wants."""
+    stem = f"backup_{target.replace('-', '_')}"
+    return {"AWS_ACCESS_KEY_ID": f"{stem}_key_id", "AWS_SECRET_ACCESS_KEY": f"{stem}_secret_key"}
+
+
+def backed_up(
+    project: Project, ledger: LedgerSettings, settings: EnvironmentSettings
+) -> Mapping[str, tuple[Backup, str]]:
+    """The volumes with a backup, by their compose key, and the service whose container each is taken through.
+
+    SettingsError for a target that the ledger does not have, one without credentials, and a volume of no service or of
+    several of which none is named.
+    """
+    found: dict[str, tuple[Backup, str]] = {}
+    faulty: list[SettingsError] = []
+    files = ", ".join(Path(file).name for file in project.files)
+    for key, volume in sorted(project.volumes.items()):
+        backup = volume.x_bulkhead.backup
+        if backup is None:
+            continue
+        where = f"volumes.{key}.x-bulkhead.backup"
+        having = [name for name, one in sorted(project.services.items()) if key in {m.source for m in one.volumes}]
+        service = backup.service or (having[0] if len(having) == 1 else None)
+        if service not in having:
+            faulty.append(
+                SettingsError(
+                    file=files,
+                    key=f"{where}.service",
+                    problem=f"{len(having)} services have this volume, and it is taken through one of them",
+                    remedy=f"Name one of them: {', '.join(having) or 'none has it'}.",
+                )
+            )
+            continue
+        for target in backup.target or sorted(ledger.backup.targets):
+            if target not in ledger.backup.targets:
+                remedy = did_you_mean(target, ledger.backup.targets)
+                faulty.append(
+                    SettingsError(
+                        file=files, key=f"{where}.target", value=target, problem="no such target", remedy=remedy
+                    )
+                )
+            elif isinstance(ledger.backup.targets[target], BucketTarget):
+                wanted = set(credentials(target).values()) - set(settings.secret_names)
+                faulty += [_unset(one, settings, f"backups go to target {target}") for one in sorted(wanted)]
+        found[key] = (backup, str(service))
+    if faulty:
+        raise together(faulty)
+    return found
 
 
 def host_address(port: Port, tier: Tier) -> str | None:

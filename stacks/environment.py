@@ -7,13 +7,26 @@ import pulumi
 import pulumi_command as command
 import pulumi_docker as docker
 
+from components.backup import BackupJob, BackupJobArgs, repository_key
 from components.environment import Environment, EnvironmentArgs, engine_name
 from components.labels import ENVIRONMENT
 from components.promises import Promises
+from components.secret import Secret
 from settings import compose, host
+from settings.backup import BucketTarget
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings
-from settings.project import check_ports, read_environment, read_project, root
+from settings.project import (
+    REPOSITORY_KEY,
+    EnvironmentSettings,
+    backed_up,
+    check_ports,
+    credentials,
+    read_environment,
+    read_project,
+    refreshed,
+    root,
+)
 from stacks.host import host_stack
 
 
@@ -28,6 +41,7 @@ def build() -> Environment:
     check_images(project, ledger.host)
     check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
+    given = pulumi.ResourceOptions(providers=providers(project, ledger.host))
     deployed = pulumi.StackReference("host", stack_name=host_stack())
     Promises("promises", deployed.outputs)
     engine = deployed.require_output("engine")
@@ -48,8 +62,9 @@ def build() -> Environment:
             },
             secrets={} if secrets is None else {key: secrets[key] for key in settings.secret_names},
         ),
-        opts=pulumi.ResourceOptions(providers=providers(project, ledger.host)),
+        opts=given,
     )
+    jobs, key = backups(name, settings, project, ledger, secrets, given)
     pulumi.export("environment", name)
     pulumi.export("tier", str(promised.tier))
     pulumi.export("slice", {"cgroup_parent": mine["cgroup_parent"], "budget": mine["budget"]})
@@ -57,13 +72,59 @@ def build() -> Environment:
     pulumi.export("networks", environment.networks)
     pulumi.export("volumes", environment.volumes)
     pulumi.export("services", environment.services)
+    pulumi.export("backups", {volume: job.told for volume, job in jobs.items()})
+    refresh = {
+        volume: {**told, "volume": engine_name(name, volume, project.volumes[volume])}
+        for volume, told in refreshed(project, ledger, settings).items()
+    }
+    if jobs or refresh:
+        declared = pulumi.Output.all(**{volume: job.declared for volume, job in jobs.items()})
+        within = {"verified_within": ledger.backup.verified_within, "drill": ledger.backup.drill, "refresh": refresh}
+        password = key.value if key else ""
+        pulumi.export("backup_jobs", pulumi.Output.secret({**within, "password": password, "jobs": declared}))
     return environment
+
+
+def backups(
+    name: str,
+    settings: EnvironmentSettings,
+    project: compose.Project,
+    ledger: LedgerSettings,
+    secrets: pulumi.Output[Any] | None,
+    opts: pulumi.ResourceOptions,
+) -> tuple[dict[str, BackupJob], Secret | None]:
+    """The job of each volume that declares a backup, by its compose key, and the key of their repositories."""
+    found = backed_up(project, ledger, settings)
+    jobs = {
+        key: BackupJob(
+            f"{name}-{key}-backup",
+            BackupJobArgs(
+                environment=name,
+                volume=engine_name(name, key, project.volumes[key]),
+                service=service,
+                backup=backup,
+                targets=ledger.backup.of(backup),
+                credentials={
+                    target: {variable: secrets[secret] for variable, secret in credentials(target).items()}
+                    for target, where in ledger.backup.of(backup).items()
+                    if isinstance(where, BucketTarget) and secrets is not None
+                },
+            ),
+            opts=opts,
+        )
+        for key, (backup, service) in found.items()
+    }
+    if not jobs:
+        return {}, None
+    given = secrets[REPOSITORY_KEY] if secrets is not None and REPOSITORY_KEY in settings.secret_names else None
+    return jobs, repository_key(f"{name}-backup-key", ledger.environment(name).tier, given, opts)
 
 
 def providers(project: compose.Project, address: str | None) -> list[pulumi.ProviderResource]:
     """The engine's provider, and the command provider where a secret or a salt has to be generated."""
     engine = docker.Provider("docker", host=host.address(address))
-    return [engine, command.Provider("command")] if project.secrets or project.configs else [engine]
+    generated = project.secrets or project.configs or any(one.x_bulkhead.backup for one in project.volumes.values())
+    return [engine, command.Provider("command")] if generated else [engine]
 
 
 def promise(environments: dict[str, Any], name: str) -> dict[str, Any]:

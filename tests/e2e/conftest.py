@@ -5,6 +5,7 @@ with their labels is removed at the end, also when a test fails.
 """
 
 import json
+import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,13 @@ import docker
 import pytest
 import yaml
 
+from cli.bucket import repository
 from components import agent, firewall
+from host.backup import RESTORE_LABEL
+from host.bucket import State
+from host.restore import KEPT
 from tests.deployed import LABEL, copied, isolated, labelled, removed
+from tests.s3 import Server, server
 
 PROD, DEV, STAGING = ENVIRONMENTS = "e2e-prod", "e2e-dev", "e2e-staging"
 PORTS = {PROD: "18080", DEV: "18081"}
@@ -44,14 +50,30 @@ LEDGER: dict[str, Any] = {
 }
 
 
-LIVE = ("test_prove.py", "test_verify.py", "test_faults.py")
+LIVE = ("test_prove.py", "test_verify.py", "test_backup.py", "test_faults.py", "test_recover.py")
 """Modules that need a deployment with all its environments, and leave it as they find it; in the order they run in."""
 
+APART = ("test_corpus.py", "test_bucket.py")
+"""Modules that deploy nothing."""
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups here
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs LIVE modules last, so that nothing else is deployed while `live` is there."""
-    order = {Path(__file__).parent / name: number for number, name in enumerate(LIVE)}
+    """Runs LIVE modules last, so that nothing else is deployed while `live` is there.
+
+    What deploys is one group, what does not another: with several processes (`-n`), there is one deployment at a time
+    all the same. Nothing before LIVE stops the engine, which the corpus asks.
+    """
+    folder = Path(__file__).parent
+    order = {folder / name: number for number, name in enumerate(LIVE)}
     items.sort(key=lambda item: order.get(item.path, -1))
+    for item in items:
+        if item.path.parent == folder:
+            item.add_marker(pytest.mark.xdist_group("apart" if item.path.name in APART else "engine"))
+
+
+VOLUMES = ("db-data", "cache-data")
+MASK = "update people set name = 'person ' || id;\n"
 
 
 class Deployment:
@@ -112,16 +134,41 @@ def running(engine: docker.DockerClient, environment: str) -> list[Any]:
     return [one for one in ours(engine, environment)["containers"] if "bulkhead.files" not in one.labels]
 
 
+def in_bucket(made: Deployment, s3: Server) -> None:
+    """Gives prod's backups a second target, as the getting-started page tells it: a bucket, a writer, their secrets."""
+    bucket, writer = s3.target("live", lock="1d"), s3.user("live-writer")
+    ledger = made.folder / "Pulumi.host.yaml"
+    document = yaml.safe_load(ledger.read_text())
+    targets = document["config"]["bulkhead:backup"]["targets"]
+    targets["offsite"] = {"endpoint": bucket.endpoint, "bucket": bucket.bucket, "lock": "1d"}
+    ledger.write_text(yaml.safe_dump(document, sort_keys=False))
+    volumes = {name: {"x-bulkhead": {"backup": {"target": "disk"}}} for name in VOLUMES}
+    volumes["db-data"]["x-bulkhead"]["refresh"] = {"environment": PROD, "mask": "mask.sql"}
+    (made.folder / "disk.yaml").write_text(yaml.safe_dump({"volumes": volumes}))
+    (made.folder / "examples/shop/mask.sql").write_text(MASK)
+    made.settings(DEV, compose=["examples/shop/compose.yaml", "examples/shop/compose.dev.yaml", "disk.yaml"])
+    key = secrets.token_hex(16)
+    wanted = {"key": key, "offsite_key_id": writer.access, "offsite_secret_key": writer.secret}
+    for name, value in wanted.items():
+        made.done("pulumi", args=f"config set --stack {PROD} --secret --path 'bulkhead:secrets.backup_{name}' {value}")
+    made.done("bucket", PROD, args=f"--principal writer={writer.access}", **s3.variables)
+    # What a deploy would have asked for: its key is known here before it.
+    made_there = repository(bucket, PROD, s3.variables, key)
+    assert made_there.state is State.SET, made_there
+
+
 @contextmanager
 def project(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
     """A project with host, e2e-prod and e2e-dev, not yet deployed; all of it is gone afterwards."""
-    removed(engine, ENVIRONMENTS)
+    clear(engine)
     folder, state = tmp_path_factory.mktemp("bulkhead"), tmp_path_factory.mktemp("state")
     copied(folder)
     for stack in ("prod", "dev"):
         (folder / f"Pulumi.{stack}.yaml").unlink()
     made = Deployment(folder, state)
-    (folder / "Pulumi.host.yaml").write_text(yaml.safe_dump({"config": LEDGER}, sort_keys=False))
+    backups = tmp_path_factory.mktemp("backups")
+    ledger = LEDGER | {"bulkhead:backup": {"targets": {"disk": {"path": str(backups)}}}}
+    (folder / "Pulumi.host.yaml").write_text(yaml.safe_dump({"config": ledger}, sort_keys=False))
     for stack, overlay in ((PROD, "prod"), (DEV, "dev")):
         made.settings(
             stack,
@@ -131,9 +178,20 @@ def project(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClien
     try:
         yield made
     finally:
-        removed(engine, ENVIRONMENTS)
-        for script in (agent.remove(), firewall.scripts("")[1]):  # what a run that was cut off has left of the host
-            subprocess.run(["/bin/sh", "-euc", script], check=False, capture_output=True)
+        clear(engine)
+
+
+def clear(engine: docker.DockerClient) -> None:
+    """Removes everything of the suite's from the engine, and what a run that was cut off has left of the host."""
+    removed(engine, ENVIRONMENTS)
+    for container in engine.containers.list(all=True, filters={"label": RESTORE_LABEL}):
+        container.remove(force=True, v=True)
+    for label in (RESTORE_LABEL, KEPT):
+        for volume in engine.volumes.list(filters={"label": label}):
+            if str(volume.attrs["Labels"][label]).startswith("e2e-"):
+                volume.remove(force=True)
+    for script in (agent.remove(), firewall.scripts("")[1]):
+        subprocess.run(["/bin/sh", "-euc", script], check=False, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +202,20 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerCl
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient) -> Iterator[Deployment]:
-    """A deployed project, for tests that leave it as it was; deployed once for all of them."""
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server."""
+    with server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient, s3: Server) -> Iterator[Deployment]:
+    """A deployed project, for tests that leave it as it was; deployed once for all of them.
+
+    Prod's backups go to a folder and a bucket, dev's to a folder; dev may get masked copies of prod's.
+    """
     with project(tmp_path_factory, engine) as made:
+        in_bucket(made, s3)
         try:
             made.done("up")
             yield made

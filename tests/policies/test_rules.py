@@ -51,6 +51,7 @@ HEADLINE = {
     "address-reach",
     "image-owner",
     "foreign-files",
+    "refresh-masked",
     "stack-reference",
     "privileged",
     "unsupported-resource",
@@ -301,10 +302,12 @@ ONLY_PROTECTED = {
     "image-digest",
     "volume-protected",
     "volume-backup",
+    "backup-verified",
 }
 ONLY_BEST_EFFORT = {"public-ports", "best-effort-command"}
 NOT_THE_HOST = {
     "service-fits",
+    "refresh-masked",
     "stack-reference",
     "drop-all-capabilities",
     "no-new-privileges",
@@ -514,3 +517,17 @@ HARMLESS = {
     "workingDir": "within it",
 }
 """Inputs of a container that no rule reads, and why none needs to."""
+
+
+@pytest.mark.parametrize(
+    ("told", "warned"),
+    [(None, False), ("", False), ("{}", True), ("not JSON", True), ("[]", True), ('{"prod-data": "x"}', True)],
+    ids=["nobody asked", "nothing was answered", "nothing is known", "no JSON", "no object", "no time"],
+)
+def test_without_an_answer_of_the_host_nothing_is_said_and_a_broken_one_is_a_warning(
+    told: str | None, warned: bool, ledger: Path
+) -> None:
+    server: Any = Server([BY_ID["backup-verified"]], World.of(ledger, told))
+    job = component("BackupJob", "job", volume="prod-data")
+    answer = server.Analyze(as_input(job, {"job": harness_urn("prod", job)}), None)
+    assert bool(answer.diagnostics) is warned

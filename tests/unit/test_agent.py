@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from components import agent
-from components.agent import EVERY_SECONDS, LARGEST_SCRIPT, VERBS, install, remove, units, zipapp
+from components.agent import EVERY_SECONDS, LARGEST_SCRIPT, NOT_ON_HOST, VERBS, install, remove, units, zipapp
 from host.__main__ import VERBS as ALL_VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_the_program_runs_alone(verb: str, tmp_path: Path) -> None:
 
 
 def test_the_program_imports_pythons_own_library_and_itself() -> None:
-    for file in SOURCES.glob("*.py"):
+    for file in (path for path in SOURCES.glob("*.py") if path.name not in NOT_ON_HOST):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -52,7 +52,7 @@ def test_the_program_imports_pythons_own_library_and_itself() -> None:
 
 
 def test_the_script_fits_into_one_argument_with_room_to_spare() -> None:
-    assert len(install(zipapp(SOURCES), {})) < LARGEST_SCRIPT // 2
+    assert len(install(zipapp(SOURCES), {})) < LARGEST_SCRIPT * 2 // 3
 
 
 def test_a_script_that_does_not_fit_is_refused_before_the_kernel_does() -> None:
@@ -127,7 +127,7 @@ def test_without_systemd_the_watch_process_is_stopped_before_its_program_changes
 def test_with_systemd_timers_are_written_and_enabled(machine: Machine) -> None:
     machine.systemd.mkdir(parents=True)
     script = install(machine.archive, DECLARED)
-    enabled = "systemctl enable --quiet --now bulkhead-verify.timer bulkhead-keep.timer"
+    enabled = "systemctl enable --quiet --now bulkhead-verify.timer bulkhead-keep.timer bulkhead-backup.timer"
     assert machine.run(script) == ["systemctl daemon-reload", enabled]
     there = machine.files()
     assert {f"etc/systemd/system/{name}" for name in units()} < set(there)

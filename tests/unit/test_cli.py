@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli import agent, deploy, onhost, order, plan, previews, pulumi
+from cli import agent, deploy, onhost, order, plan, previews, pulumi, recover
 from cli.agent import Agent
 from cli.order import Stacks
 from cli.previews import Outcome
@@ -273,6 +273,16 @@ VIOLATION = (
 )
 
 
+def test_advice_on_a_stack_without_changes_is_shown(console: Console) -> None:
+    advice = VIOLATION.partition("Resources")[0].replace("mandatory", "advisory")
+    found = previews.classify("prod", Result(0, f"{advice}{NO_CHANGES}"))
+    assert found.outcome is Outcome.UNCHANGED
+    previews.unchanged(found, console)
+    assert "prod: no changes" in shown(console)
+    assert "[advisory]  prod-no-quota  (docker: web)\n          remove cpus" in shown(console)
+    assert not previews.classify("prod", Result(0, NO_CHANGES)).advice
+
+
 @pytest.mark.parametrize(
     ("code", "output", "outcome", "changes", "violations"),
     [
@@ -337,6 +347,11 @@ class Recorder(Pulumi):
     def outputs(self, stack: str) -> dict[str, Any]:
         return {"environment": stack}
 
+    def secret(self, stack: str, output: str) -> Any:
+        return {"password": f"key of {stack}", "jobs": {"data": {}}} if (stack, output) in self.secrets else None
+
+    secrets: Collection[tuple[str, str]] = ()
+
 
 class Host(Agent):
     """The agent of a host that is not there: it records what it is told, and its proof comes out as told."""
@@ -345,6 +360,8 @@ class Host(Agent):
         super().__init__(None)
         self.known, self.proof = set(declared), proof
         self.told: list[str] = []
+        self.jobs: dict[str, tuple[Mapping[str, Any] | None, bool]] = {}
+        self.saved: list[tuple[str, str, bytes]] = []
 
     def declared(self) -> frozenset[str]:
         return frozenset(self.known)
@@ -352,6 +369,13 @@ class Host(Agent):
     def declare(self, stack: str, outputs: Mapping[str, Any]) -> None:
         self.known.add(stack)
         self.told.append(f"declare {stack}: {outputs}")
+
+    def entrust(self, stack: str, jobs: Mapping[str, Any] | None, *, held: bool = False) -> None:
+        self.jobs[stack] = (jobs, held)
+
+    def store(self, environment: str, name: str, data: bytes) -> str:
+        self.saved.append((environment, name, data))
+        return "saved"
 
     def forget(self, stack: str) -> None:
         self.told.append(f"forget {stack}")
@@ -512,6 +536,65 @@ def test_the_host_is_told_also_without_a_change_since_a_plain_pulumi_up_tells_it
     ]
 
 
+def test_the_host_is_told_the_backups_of_what_was_deployed(console: Console) -> None:
+    recorder = Recorder(DEPLOYED, {"host": [SAME], "prod": [SAME], "dev": [OTHER]})
+    recorder.secrets = {("prod", "backup_jobs")}
+    host = Host()
+    assert deploy.up(recorder, ALL, PACK, host, console) == 0
+    jobs = {"password": "key of prod", "jobs": {"data": {}}}
+    assert host.jobs == {"prod": (jobs, False), "dev": (None, False)}
+    assert deploy.up(recorder, ALL, PACK, host, console, held=True) == 0
+    assert host.jobs["prod"] == (jobs, True)
+
+
+def with_state(tmp_path: Path, *secrets: tuple[str, str]) -> Recorder:
+    """A deployment whose state is in a folder."""
+    recorder = Recorder(DEPLOYED, {})
+    recorder.secrets = secrets
+    backend = tmp_path / "state/pulumi"
+    (backend / ".pulumi/stacks/bulkhead").mkdir(parents=True)
+    (backend / ".pulumi/stacks/bulkhead/prod.json").write_text("{}")
+    (tmp_path / "state/passphrase").write_text("secret")
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout/Pulumi.prod.yaml").write_text("config: {}\n")
+    recorder.root = tmp_path / "checkout"
+    recorder.variables = {
+        "PULUMI_BACKEND_URL": f"file://{backend}",
+        "PULUMI_CONFIG_PASSPHRASE_FILE": str(tmp_path / "state/passphrase"),
+    }
+    return recorder
+
+
+def test_settings_and_state_go_with_prods_backups_and_the_recovery_key_is_shown_once(
+    tmp_path: Path, console: Console
+) -> None:
+    recorder, host = with_state(tmp_path, ("prod", "backup_jobs"), ("dev", "backup_jobs")), Host()
+    recover.store(recorder, host, ALL, console)
+    assert "key of prod" in shown(console)
+    assert [(where, name) for where, name, _ in host.saved] == [("prod", "deployer")]
+    again = Console(file=io.StringIO(), width=200)
+    recover.store(recorder, host, ALL, again)
+    assert "key of" not in shown(again)
+    assert len(host.saved) == 2
+
+    root, backend = tmp_path / "new", tmp_path / "fresh/pulumi"
+    root.mkdir()
+    (root / "Pulumi.prod.yaml").write_text("the one that was here")
+    recover.unpacked(host.saved[0][2], root, backend, {})
+    assert (root / "Pulumi.prod.yaml").read_text() == "config: {}\n"
+    assert (root / "Pulumi.prod.yaml.before-recover").read_text() == "the one that was here"
+    assert (backend / ".pulumi/stacks/bulkhead/prod.json").read_text() == "{}"
+    passphrase = tmp_path / "fresh/passphrase"
+    assert passphrase.read_text() == "secret"
+    assert passphrase.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_backup_of_prod_there_is_no_place_for_the_state(tmp_path: Path, console: Console) -> None:
+    host = Host()
+    recover.store(with_state(tmp_path, ("dev", "backup_jobs")), host, ALL, console)
+    assert host.saved == []
+
+
 def test_a_host_without_environments_comes_up_and_has_nothing_to_prove(console: Console) -> None:
     host = Host()
     assert deploy.up(Recorder({}, {}), Stacks(("host",), TIERS), PACK, host, console) == 0
@@ -539,6 +622,28 @@ def test_the_host_forgets_what_was_destroyed_and_its_own_agent_goes_with_it(cons
         *("deploying dev", "forget dev", "deployed"),
         *("deploying prod", "forget prod", "deployed"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "created"),
+    [
+        (["config", "set", "--stack", "prod", "--secret", "x"], ["prod"]),
+        (["config", "set", "-s", "prod", "x"], ["prod"]),
+        (["config", "set", "--stack=prod", "x"], ["prod"]),
+        (["config", "set", "--stack", "dev", "x"], []),
+        (["config", "set", "--stack", "other", "x"], []),
+        (["config", "set", "x"], []),
+        (["stack", "output", "--stack", "prod"], []),
+    ],
+    ids=["long", "short", "with =", "there already", "no settings of that name", "no stack", "another command"],
+)
+def test_secrets_can_be_set_before_the_first_deploy(words: list[str], created: list[str], tmp_path: Path) -> None:
+    (tmp_path / "Pulumi.prod.yaml").touch()
+    (tmp_path / "Pulumi.dev.yaml").touch()
+    pulumi = Recorder({"dev": 3}, {})
+    pulumi.root = tmp_path
+    deploy.ready(pulumi, words)
+    assert pulumi.created == created
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, code: int = 0, out: str = "", said: str = "") -> Agent:
@@ -569,6 +674,18 @@ def test_a_host_that_does_not_answer_is_no_traceback(error: Exception, monkeypat
     monkeypatch.setattr(onhost, "run", run)
     with pytest.raises(PulumiError, match=r"(timed out|sudo).*Next step: make doctor"):
         Agent(None).run("verify")
+
+
+def test_what_the_host_knows_of_its_backups_is_asked_and_may_be_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answering(monkeypatch, out='{"prod-db-data": 5}\n').verified() == '{"prod-db-data": 5}'
+    assert answering(monkeypatch).verified() is None  # no agent there
+    assert answering(monkeypatch, 255, said="Connection refused").verified() is None
+
+    def run(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("ssh", 30)
+
+    monkeypatch.setattr(onhost, "run", run)
+    assert Agent(None).verified() is None
 
 
 def shell(script: str, stdin: bytes | None, root: Path) -> subprocess.CompletedProcess[bytes]:

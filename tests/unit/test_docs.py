@@ -157,6 +157,17 @@ def secret(ran: Ran) -> None:
     assert "head -c 32 /dev/urandom" in commands["prod-db-password-generated"]["create"]
 
 
+def backup_job(ran: Ran) -> None:
+    (job,) = ran.all("bulkhead:index:BackupJob").values()
+    assert job == {
+        "volume": "prod-db-data",
+        "service": "db",
+        "engine": "postgres",
+        "schedule": "03:00",
+        "targets": ["disk"],
+    }
+
+
 def service(ran: Ran) -> None:
     containers = ran.all(CONTAINER)
     assert sorted(containers) == ["dev-api-1", "dev-api-2"]
@@ -212,6 +223,7 @@ REGISTERS: dict[str, Callable[[Ran], None]] = {
     "Secret": secret,
     "Service": service,
     "Files": files,
+    "BackupJob": backup_job,
     "Environment": environment,
     "HostCommand": host_command,
 }

@@ -167,15 +167,16 @@ def test_where_no_link_is_possible_the_program_is_copied(workshop: Workshop, mon
     assert os.access(workshop.ensure().pulumi, os.X_OK)
 
 
-def test_a_tool_is_built_on_demand_once_and_used_from_the_cache(workshop: Workshop) -> None:
-    (workshop.sources / "vegeta").mkdir()
-    (workshop.sources / "vegeta" / "go.mod").write_text("module vegeta\n")
+@pytest.mark.parametrize("name", [tool.name for tool in build.TOOLS])
+def test_a_tool_is_built_on_demand_once_and_used_from_the_cache(workshop: Workshop, name: str) -> None:
+    (workshop.sources / name).mkdir()
+    (workshop.sources / name / "go.mod").write_text(f"module {name}\n")
     workshop.ensure()
-    assert "vegeta" not in workshop.built()
-    tool = build.tool("vegeta", workshop.cache, workshop.said.append)
-    assert workshop.built() == ["vegeta"]
+    assert name not in workshop.built()
+    tool = build.tool(name, workshop.cache, workshop.said.append)
+    assert workshop.built() == [name]
     assert os.access(tool, os.X_OK)
-    assert build.tool("vegeta", workshop.cache, workshop.said.append) == tool
+    assert build.tool(name, workshop.cache, workshop.said.append) == tool
     assert workshop.built() == []
 
 

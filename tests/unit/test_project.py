@@ -8,15 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from settings.backup import BackupSettings
 from settings.compose import Port, Project, Service
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings, Tier
 from settings.project import (
+    backed_up,
     check_ports,
     host_address,
     published_ports,
     read_environment,
     read_project,
+    refreshed,
     root,
 )
 
@@ -308,3 +311,73 @@ def test_a_broken_environment_does_not_keep_another_from_its_deploy(checkout: Pa
     assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {}
     with pytest.raises(SettingsError, match=r"gone\.yaml does not exist"):
         deploying(checkout, "dev")
+
+
+# --- backups and masked copies
+
+
+def volumes(checkout: Path, declared: str, services: str = "db", secret: str = "") -> tuple[Project, LedgerSettings]:
+    """A project whose volume `data` declares something, mounted by these services; the ledger has a bucket too."""
+    mounts = "".join(f"  {name}: {{image: x, volumes: ['data:/data']}}\n" for name in services.split())
+    text = f"services:\n{mounts}volumes:\n  data:\n    x-bulkhead: {declared}\n"
+    (checkout / "compose.yaml").write_text(text)
+    secrets = f"  bulkhead:secrets:\n    {secret}: {{secure: v1:x}}\n" if secret else ""
+    settings(checkout, f"  bulkhead:compose: [compose.yaml]\n{secrets}")
+    targets = {"disk": {"path": "/srv/backup"}, "off-site": {"endpoint": "https://s3", "bucket": "acme"}}
+    ledger = LEDGER.model_copy(update={"backup": BackupSettings.model_validate({"targets": targets})})
+    return read_project(read_environment("prod", checkout)), ledger
+
+
+def test_a_backup_is_taken_through_the_only_service_that_has_the_volume(checkout: Path) -> None:
+    project, ledger = volumes(checkout, "{backup: {engine: files, schedule: daily, target: disk}}")
+    (found,) = backed_up(project, ledger, read_environment("prod", checkout)).items()
+    assert (found[0], found[1][1]) == ("data", "db")
+
+
+@pytest.mark.parametrize(
+    ("backup", "services", "said"),
+    [
+        ("target: dsk", "db", r"volumes.data.x-bulkhead.backup.target: 'dsk': no such target. Did you mean 'disk'"),
+        ("target: disk", "db web", r"backup.service: 2 services have this volume.*Name one of them: db, web"),
+        ("target: disk, service: api", "db web", r"backup.service: 2 services"),
+        (
+            "target: off-site",
+            "db",
+            r"Pulumi.prod.yaml: bulkhead:secrets.backup_off_site_key_id: missing: backups go to",
+        ),
+    ],
+    ids=["an unknown target", "several services", "a service without it", "a bucket without credentials"],
+)
+def test_a_backup_that_cannot_run_is_an_error_that_names_the_key(
+    backup: str, services: str, said: str, checkout: Path
+) -> None:
+    project, ledger = volumes(checkout, f"{{backup: {{engine: files, schedule: daily, {backup}}}}}", services)
+    with pytest.raises(SettingsError, match=said):
+        backed_up(project, ledger, read_environment("prod", checkout))
+
+
+def test_a_mask_is_read_beside_the_first_compose_file(checkout: Path) -> None:
+    project, ledger = volumes(checkout, "{refresh: {environment: prod, mask: mask.sql}}")
+    (checkout / "mask.sql").write_text("select 1;")
+    found = refreshed(project, ledger, read_environment("prod", checkout))
+    assert found == {"data": {"environment": "prod", "mask": "select 1;"}}
+
+
+@pytest.mark.parametrize(
+    ("refresh", "said"),
+    [
+        ("environment: prod, mask: mask.sql", r"volumes.data.x-bulkhead.refresh.mask: 'mask.sql': .*cannot be read"),
+        ("environment: prd, mask: mask.sql", r"refresh.environment: 'prd': no protected environment.*'prod'"),
+        ("environment: dev, mask: mask.sql", r"refresh.environment: 'dev': no protected environment"),
+    ],
+    ids=["no such file", "no such environment", "one that is not protected"],
+)
+def test_a_copy_that_cannot_be_made_is_an_error_that_names_the_key(refresh: str, said: str, checkout: Path) -> None:
+    project, ledger = volumes(checkout, f"{{refresh: {{{refresh}}}}}")
+    with pytest.raises(SettingsError, match=said):
+        refreshed(project, ledger, read_environment("prod", checkout))
+
+
+def test_a_copy_without_a_mask_is_left_to_the_policies(checkout: Path) -> None:
+    project, ledger = volumes(checkout, "{refresh: {environment: prod}}")
+    assert refreshed(project, ledger, read_environment("prod", checkout)) == {}

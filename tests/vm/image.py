@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 
 PACKAGES = [
     *("systemd", "systemd-sysv", "udev", "dbus", "linux-image-cloud-amd64", "initramfs-tools", "zstd"),
-    *("docker.io", "nftables", "iptables", "iproute2", "iputils-ping", "procps"),
+    *("docker.io", "nftables", "restic", "iptables", "iproute2", "iputils-ping", "procps"),
     "apparmor",  # where the kernel has it, the engine starts containers only if its parser is there
     *("openssh-server", "sudo", "python3", "ca-certificates"),
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cli.agent import PROGRAM
 from settings.ssh import DOOR
 from tests.e2e.conftest import Deployment
 from tests.vm.conftest import DEV, ENVIRONMENTS, PROD, SERVICES, outputs
@@ -24,6 +25,8 @@ LIMITS = (
     *("memory.min", "memory.low", "memory.high", "memory.max", "memory.swap.max"),
 )
 HEALTH_SECONDS = 300
+BACK_UP = f"python3 {PROGRAM} backup --environment {PROD} --job db"
+LOCK = "/run/bulkhead/backup.lock"
 
 # Read in one go: a connection takes longer than all of it.
 CONTAINERS = """
@@ -191,10 +194,14 @@ def test_a_restart_of_the_engine_stops_no_service_and_changes_no_limit(server: S
 
 @pytest.fixture(scope="module")
 def rebooted(server: Server, deployed: Deployment) -> Mapping[str, str]:
-    """The limits from before, with an order in prod's database, and the server back after a reboot."""
+    """The limits from before, with an order in prod's database, and the server back after a reboot in the middle of a
+    backup."""
     order = '{"customer": "before-the-reboot", "items": [{"sku": "anchor", "quantity": 1}]}'
     server.run(f"{web(PROD)} --data '{order}' --header 'Content-Type: application/json' http://127.0.0.1:8080/orders")
     limits = slices(server)
+    server.run(
+        f"setsid {BACK_UP} >/dev/null 2>&1 &\nuntil grep -q backup {LOCK} 2>/dev/null; do sleep 0.2; done; sleep 5"
+    )
     server.reboot()
     return limits
 
@@ -217,6 +224,18 @@ def test_after_a_reboot_every_service_is_back_in_its_slice_with_the_same_limits(
 def test_after_a_reboot_prods_data_is_there(server: Server, rebooted: Mapping[str, str]) -> None:
     healthy(server)
     assert "before-the-reboot" in server.said(f"{web(PROD)} http://127.0.0.1:8080/orders")
+
+
+def test_after_a_reboot_in_the_middle_of_a_backup_nothing_is_half_and_the_next_one_succeeds(
+    server: Server, rebooted: Mapping[str, str]
+) -> None:
+    healthy(server)
+    assert "new, snapshot" in server.run(BACK_UP, timeout=900).stdout
+    key = server.said(
+        f'python3 -c \'import json; print(json.load(open("/etc/bulkhead/backup/{PROD}.json"))["password"])\''
+    )
+    whole = f"RESTIC_PASSWORD={key} restic --quiet --repo /var/backups/bulkhead/{PROD} check --read-data"
+    server.run(whole, timeout=900)
 
 
 def test_after_a_reboot_the_firewall_was_in_force_before_the_engine_started(

@@ -17,6 +17,7 @@ BASE = "base.yaml"
 Entry = TypeVar("Entry", bound=Frozen)
 
 UNBREAKABLE: Mapping[str, str] = {
+    "backup-verified": "advice, on what the host knows: tests/e2e/test_backup.py",
     "init": "advice everywhere, and set by the pack itself",
     "net-raw": "dropped by the pack itself, unless NET_RAW is added, which is added-capabilities' to refuse",
 }

@@ -1,0 +1,176 @@
+"""Lost host: what a deploy needs is put with prod's backups after each `up`; `make recover` builds the host from it.
+
+That is Pulumi's state with its passphrase, and the settings. The key of prod's repositories opens it, so that one key
+brings everything back: the recovery key, which is shown once.
+"""
+
+import io
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cli import deploy, order
+from cli.agent import Agent
+from cli.order import HOST, Stacks
+from cli.pulumi import Pulumi, PulumiError, backend_folder
+from settings.ledger import LedgerSettings, Tier
+
+STATE = "deployer"
+"""What its snapshots are called, beside those of prod's volumes."""
+SETTINGS = "Pulumi.*.yaml"
+RECOVERED = "The settings that were here are beside them as *.before-recover"
+
+
+def packed(root: Path, backend: Path, passphrase: Path | None) -> bytes:
+    """A tar file of the settings, Pulumi's state and its passphrase."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for file in sorted(root.glob(SETTINGS)):
+            tar.add(file, f"settings/{file.name}")
+        tar.add(backend, "state")
+        if passphrase and passphrase.exists():
+            tar.add(passphrase, "passphrase")
+    return archive.getvalue()
+
+
+def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> None:
+    """Puts what a deploy needs with the backups of a protected environment, and shows the recovery key the first time.
+
+    State in another backend than a folder outlives the host by itself.
+    """
+    backend = backend_folder(pulumi.variables.get("PULUMI_BACKEND_URL", ""))
+    if backend is None:
+        return
+    passphrase = pulumi.variables.get("PULUMI_CONFIG_PASSPHRASE_FILE")
+    for name in stacks.environments:
+        jobs = pulumi.secret(name, deploy.JOBS) if stacks.tiers.get(name) is Tier.PROTECTED else None
+        if not jobs:
+            continue
+        said = agent.store(name, STATE, packed(pulumi.root, backend, Path(passphrase) if passphrase else None))
+        console.print(f"{name}: {said}", highlight=False)
+        shown = backend.parent / f"recovery-key-of-{name}-was-shown"
+        if not shown.exists():
+            console.print(
+                f"RECOVERY KEY of {name}: {jobs['password']}\nWrite it down, and keep it somewhere else: with it, and "
+                "only with it, make recover brings everything back when this host is lost. It is not shown again.",
+                style="bold yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            shown.touch(mode=0o600)
+
+
+def recover(root: Path, source: str, environment: str, key: str, console: Console) -> int:
+    """Brings a lost host back from a repository: settings, state, host, environments, their data, proof.
+
+    `source`: the target's folder or `s3:` address, without the environment. PulumiError where there is state already.
+    """
+    variables = Pulumi.of(root).variables
+    backend = backend_folder(variables.get("PULUMI_BACKEND_URL", ""))
+    if backend is None:
+        raise PulumiError("Pulumi's state is not in a folder, so it is not lost. Next step: make up, then make restore")
+    if any(backend.glob(".pulumi/stacks/**/*.json")):
+        raise PulumiError(
+            f"{backend} has stacks, and nothing is to be lost: nothing was done. "
+            "Next step: move it away, or set XDG_STATE_HOME to another folder"
+        )
+    with console.status("fetching the newest state"):
+        unpacked(fetched(f"{source.rstrip('/')}/{environment}", key), root, backend, variables)
+    console.print(f"Settings and state are here. {RECOVERED}", highlight=False)
+    pulumi, agent = Pulumi.of(root), Agent.of(root)
+    # The old host's commands count as done in its state, and it has no data: it is built anew from the ledger.
+    if HOST in pulumi.stacks():
+        pulumi.capture("stack", "rm", HOST, "--force", "--yes", "--preserve-config")
+    stacks = order.read(root)
+    pack = deploy.policy_pack(root, os.environ)
+    for name in stacks.environments:
+        if pulumi.run("refresh", "--yes", "--stack", name):
+            raise PulumiError(
+                f"{name}: its state could not be compared with the engine. Next step: see the error above"
+            )
+    if code := deploy.up(pulumi, stacks, pack, agent, console, held=True):
+        return code
+    for name in stacks.environments:
+        jobs = pulumi.secret(name, deploy.JOBS)
+        for volume, job in jobs["jobs"].items() if jobs else ():
+            console.rule(f"{name}/{volume}", align="left")
+            target = held_in(job, f"{source.rstrip('/')}/{name}")
+            if target is None:
+                console.print(f"{name}/{volume}: it is not backed up to {source}, so it stays empty", style="yellow")
+                continue
+            options = ("--environment", name, "--job", volume, "--target", target)
+            if agent.show("restore", *options, "--yes", "--lose-newer", "--release-kept"):
+                return 1
+        agent.entrust(name, jobs)
+    ledger = LedgerSettings.read(root / "Pulumi.host.yaml")
+    console.print(f"Recovered: {', '.join(sorted(ledger.environments))}. Next step: make verify", highlight=False)
+    return 0
+
+
+def held_in(job: Mapping[str, Any], repository: str) -> str | None:
+    """The target of a job that is this repository: the others may be lost with the host."""
+    return next((name for name, where in job["targets"].items() if where["repository"] == repository), None)
+
+
+def fetched(repository: str, key: str) -> bytes:
+    """The newest tar file of `packed` in a repository; credentials of a bucket are taken from the environment."""
+    own = {"RESTIC_REPOSITORY": repository, "RESTIC_PASSWORD": key}
+    with tempfile.TemporaryDirectory(prefix="bulkhead-") as cache:
+        done = subprocess.run(
+            ["restic", "--quiet", "--no-lock", "dump", "--tag", f"job:{STATE}", "latest", f"/{STATE}.tar.gz"],
+            env={**os.environ, **own, "RESTIC_CACHE_DIR": cache},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise PulumiError(
+            f"{repository}: {said}. Next step: see that FROM and the recovery key are right, and that "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set for a bucket"
+        )
+    return done.stdout
+
+
+def unpacked(archive: bytes, root: Path, backend: Path, variables: Mapping[str, str]) -> None:
+    """Puts settings, state and passphrase in their places; settings that were there are kept beside them."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar, tempfile.TemporaryDirectory(prefix="bulkhead-") as folder:
+        # `filter="data"` by hand: Debian 12's Python does not have it yet.
+        for member in tar.getmembers():
+            if (
+                not (member.isfile() or member.isdir())
+                or ".." in Path(member.name).parts
+                or member.name.startswith("/")
+            ):
+                raise PulumiError(f"{member.name} is nothing that was saved here. Next step: another snapshot")
+            tar.extract(member, folder)
+        for file in sorted(Path(folder, "settings").iterdir()):
+            there = root / file.name
+            if there.exists():
+                there.replace(there.with_name(f"{there.name}.before-recover"))
+            there.write_bytes(file.read_bytes())
+        moved(Path(folder, "state"), backend)
+        passphrase = Path(folder, "passphrase")
+        if passphrase.exists():
+            target = Path(variables.get("PULUMI_CONFIG_PASSPHRASE_FILE") or backend.parent / "passphrase")
+            target.write_bytes(passphrase.read_bytes())
+            target.chmod(0o600)
+
+
+def moved(source: Path, target: Path) -> None:
+    """Copies a folder's content into another."""
+    for file in source.rglob("*"):
+        there = target / file.relative_to(source)
+        if file.is_dir():
+            there.mkdir(parents=True, exist_ok=True, mode=0o700)
+        else:
+            there.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            there.write_bytes(file.read_bytes())
+            there.chmod(0o600)

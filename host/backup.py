@@ -1,0 +1,629 @@
+"""backup: runs the jobs that deploys declared when they are due, records every run, and says what is overdue.
+
+One run at a time on a host. A job is tried again with growing pauses until it succeeds; nothing that it did before
+counts as a backup. What is declared is `/etc/bulkhead/backup/<environment>.json`, which only root may read.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from host import engines, restic
+from host.engines import Container, Postgres, Redis
+from host.machine import Places, Undecided, deploying, read_json, write
+from host.restic import BackupError, Repository, Snapshot
+
+FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
+JITTER = 0.1
+"""Part of its period by which a job is early, always the same for the same job: not all at three o'clock."""
+RESTORE_LABEL = "bulkhead.restore"
+"""Of the containers and volumes that a restore or a drill makes."""
+DRILL_AFTER = 3600.0
+"""Seconds after the first backup until it is first drilled: a deploy has ended by then."""
+WAL_SECONDS = 45
+WAL_OVERDUE_SECONDS = 1800.0
+"""A backup of a large database may hold it up for a while: one run at a time."""
+OVERDUE = 1.5
+"""Periods after which a job that has not succeeded is overdue."""
+LIMIT_SECONDS = 12 * 3600
+STOP_SECONDS = 60.0
+WAIT_SECONDS = 900.0
+"""What somebody who asks by hand waits for a run of the schedule."""
+SLOT_BYTES = 2 * 2**30
+"""WAL that a server may keep for us. Beyond it the slot is given up, and a new base backup is made: a target that is
+away must not fill prod's disk."""
+RECORDS_BYTES = 4 * 2**20
+WAL_KEPT = {"last": 3, "daily": 2}
+"""Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
+STATES_KEPT = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """A backup of one volume, as declared; see `settings.backup.Backup` for its fields.
+
+    `since`: when it was declared, in seconds since 1970. `verified_within`, `drill`: as in `BackupSettings`.
+    """
+
+    environment: str
+    name: str
+    declared: Mapping[str, Any]
+    repositories: Mapping[str, Repository]
+    since: float
+    verified_within: float
+    drill: float
+    places: Places
+
+    @property
+    def key(self) -> str:
+        return f"{self.environment}/{self.name}"
+
+    @property
+    def volume(self) -> str:
+        return str(self.declared["volume"])
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What a user may call it: the volume as in the Compose file or as on the engine, or its service."""
+        return frozenset({self.name, self.volume, str(self.declared["service"])})
+
+    @property
+    def engine(self) -> str:
+        return str(self.declared["engine"])
+
+    @property
+    def every(self) -> float:
+        return float(self.declared["schedule"])
+
+    @property
+    def targets(self) -> list[Repository]:
+        """Its repositories, folders first: a bucket that does not answer holds up nothing that is here."""
+        return sorted(self.repositories.values(), key=lambda one: one.in_bucket)
+
+    @property
+    def wal(self) -> bool:
+        """Whether it has WAL, and so can be brought back as it was at any second."""
+        return self.engine == "postgres"
+
+    @property
+    def folder(self) -> Path:
+        """What it keeps on the host."""
+        return self.places.state / "backup" / self.environment / self.name
+
+    @property
+    def spool(self) -> Path:
+        return self.folder / "wal"
+
+    def container(self) -> Container:
+        return engines.of_service(self.environment, self.volume, self.declared.get("service"))
+
+
+def jobs(places: Places, environments: Sequence[str] = (), names: Sequence[str] = ()) -> list[Job]:
+    """The declared jobs. BackupError for a name that no deploy has declared."""
+    found: list[Job] = []
+    for file in sorted((places.declared / "backup").glob("*.json")):
+        if not environments or file.stem in environments:
+            found += told(file.stem, read_json(file), file.stat().st_mtime, places)
+    known = {word for job in found for word in job.names}
+    for name in names:
+        if name not in known:
+            raise BackupError(f"{name}: no such backup. Next step: declare it (x-bulkhead.backup); known: "
+                              f"{', '.join(sorted(job.key for job in found)) or 'none'}")  # fmt: skip
+    return [job for job in found if not names or job.names & set(names)]
+
+
+def told(environment: str, declared: Mapping[str, Any], since: float, places: Places) -> Iterator[Job]:
+    """The jobs of an environment, as its stack hands them over."""
+    for name, job in sorted(declared["jobs"].items()):
+        repositories = {
+            target: Repository(
+                where["repository"],
+                declared["password"],
+                places.state / "backup/cache",
+                where["variables"],
+                where["append_only"],
+            )
+            for target, where in job["targets"].items()
+        }
+        within = (float(declared["verified_within"]), float(declared["drill"]))
+        yield Job(environment, name, job, repositories, since, *within, places)
+
+
+# --- what is known of each job
+
+
+class State:
+    """What is known of each job, by key: `last_success`, `last_verified`, `failures`, ... (seconds since 1970)."""
+
+    def __init__(self, places: Places) -> None:
+        self._file = places.state / "backup/state.json"
+        self._records = places.state / "backup/records.jsonl"
+        self._metrics = places.state / "metrics/backup.prom"
+        try:
+            self.jobs: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
+        except FileNotFoundError:
+            self.jobs = {}
+        except (OSError, ValueError) as error:
+            raise Undecided(f"{self._file}: {error}. Next step: remove it; every backup is then made anew") from None
+
+    def of(self, job: Job) -> dict[str, Any]:
+        """A job's entry."""
+        return self.jobs.setdefault(job.key, {"failures": 0})
+
+    def save(self, declared: Sequence[Job]) -> None:
+        write(self._file, json.dumps(self.jobs, indent=1, sort_keys=True) + "\n")
+        write(self._metrics, metrics(self, declared))
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to the records; the oldest half goes when they grow too long."""
+        self._records.parent.mkdir(parents=True, exist_ok=True)
+        if self._records.exists() and self._records.stat().st_size > RECORDS_BYTES:
+            lines = self._records.read_text().splitlines(keepends=True)
+            write(self._records, "".join(lines[len(lines) // 2 :]))
+        with self._records.open("a") as file:
+            file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def due_at(job: Job, known: Mapping[str, Any]) -> float:
+    """When a job is to run next, in seconds since 1970."""
+    if known["failures"]:
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (int(known["failures"]) - 1))
+        return float(known["last_attempt"]) + pause
+    if known.get("wanted") or not known.get("last_success"):
+        return 0.0
+    after = float(known["last_success"]) + job.every
+    minutes = job.declared.get("at")
+    early = zlib.crc32(job.key.encode()) / 2**32 * JITTER
+    if minutes is None:
+        return after - job.every * early
+    # The nearest such time of the day to a whole period after the last one; jobs of the same time follow each other.
+    day = datetime.fromtimestamp(after).replace(hour=minutes // 60, minute=minutes % 60, second=0, microsecond=0)
+    return min(
+        (day + timedelta(days=days) for days in (-1, 0, 1)), key=lambda one: abs(one.timestamp() - after)
+    ).timestamp()
+
+
+def drill_due_at(job: Job, known: Mapping[str, Any]) -> float:
+    """When a job's newest backup is to be restored next, to see that it can be."""
+    if known.get("drill_error") and known.get("drill_at"):
+        return float(known["drill_at"]) + LONGEST_PAUSE
+    if known.get("last_verified"):
+        return float(known["last_verified"]) + job.drill
+    return float(known["last_success"]) + DRILL_AFTER if known.get("last_success") else float("inf")
+
+
+def wal_due_at(known: Mapping[str, Any]) -> float:
+    return float(known.get("wal_at") or 0) + WAL_SECONDS
+
+
+def alarms(job: Job, known: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
+    """What somebody has to look at: what it is, and what is known. The clock alone judges, whatever ran or did not."""
+    since = float(known.get("last_success") or job.since)
+    if since > now + 60:
+        yield "clock", f"the last backup is {since - now:.0f} s in the future: the clock was set back"
+    if now - since > job.every * OVERDUE:
+        yield "overdue", f"last success {ago(known.get('last_success'), now)}; wanted every {job.every:g} s"
+    if known["failures"]:
+        yield "failed", f"{known['failures']} times: {known.get('error')}"
+    if known.get("wal_error"):
+        yield "WAL failed", str(known["wal_error"])
+    if job.wal and now - float(known.get("wal_at") or job.since) > WAL_OVERDUE_SECONDS:
+        yield "WAL overdue", f"in the targets up to {ago(known.get('wal_at'), now)}"
+    if known.get("shrunk"):
+        yield "shrunk", str(known["shrunk"])
+    if known.get("gap"):
+        yield "gap", str(known["gap"])
+    verified = float(known.get("last_verified") or job.since)
+    if now - verified > job.verified_within:
+        yield "not verified", f"last verified restore {ago(known.get('last_verified'), now)}"
+    if known.get("drill_error"):
+        yield "drill failed", str(known["drill_error"])
+
+
+def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
+    """Every alarm: the job, what it is, what is known."""
+    state, now = State(places), time.time()
+    for job in jobs(places):
+        for what, known in alarms(job, state.of(job), now):
+            yield job, what, known
+
+
+def ago(at: float | None, now: float) -> str:
+    if not at:
+        return "never"
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC ({now - at:.0f} s ago)"
+
+
+def metrics(state: State, declared: Sequence[Job]) -> str:
+    """The state in Prometheus' text format."""
+    series = (
+        ("last_success_timestamp_seconds", "When the last backup succeeded.", "last_success"),
+        ("last_verified_timestamp_seconds", "When a restore of a backup was last checked.", "last_verified"),
+        ("wal_timestamp_seconds", "Up to when WAL is in the targets.", "wal_at"),
+        ("failures", "Failed attempts since the last success.", "failures"),
+        ("size_bytes", "Of the last backup.", "size"),
+        ("added_bytes", "That were new in the last backup.", "added"),
+        ("seconds", "That the last backup took.", "seconds"),
+        ("rto_seconds", "That the last drill took until the service answered.", "rto"),
+        ("rpo_seconds", "That the last drill's data was old.", "rpo"),
+    )
+    lines = []
+    for name, text, key in series:
+        lines += [f"# HELP bulkhead_backup_{name} {text}", f"# TYPE bulkhead_backup_{name} gauge"]
+        for job in declared:
+            value = state.of(job).get(key) or 0
+            lines.append(f'bulkhead_backup_{name}{{environment="{job.environment}",job="{job.name}"}} {value:.15g}')
+    return "\n".join(lines) + "\n"
+
+
+# --- running
+
+
+@contextmanager
+def alone(places: Places, what: str, wait: float = 0.0) -> Iterator[bool]:
+    """Whether nothing else of this kind runs, after waiting for it for so many seconds. The lock goes with its process,
+    however that ends; its file says whose it is and since when."""
+    places.run.mkdir(parents=True, exist_ok=True)
+    deadline, told = time.monotonic() + wait, False
+    with (places.run / "backup.lock").open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+            if not told:
+                told = True
+                print(f"waiting for {holder(places)}", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
+        file.flush()
+        yield True
+
+
+def holder(places: Places) -> str:
+    """Who holds the lock, as text."""
+    try:
+        held = json.loads((places.run / "backup.lock").read_text())
+        return f"{held['what']}, process {held['pid']}, for {time.time() - held['since']:.0f} s"
+    except (OSError, ValueError, KeyError):
+        return "another run"
+
+
+def stop(places: Places) -> int:
+    """Ends the run that goes on, and waits until it has. What it has not finished is no backup."""
+    with alone(places, "stop") as free:
+        if free:
+            return 0
+    with suppress(OSError, ValueError, KeyError):
+        os.kill(int(json.loads((places.run / "backup.lock").read_text())["pid"]), signal.SIGTERM)
+    with alone(places, "stop", STOP_SECONDS) as free:
+        return 0 if free else 2
+
+
+def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) -> bool:
+    """One backup of a job into all its targets. Returns whether it succeeded; the reason is in state and records."""
+    known, started = state.of(job), time.time()
+    known["last_attempt"] = started
+    record: dict[str, Any] = {"job": job.key, "kind": "backup", "start": started}
+    say(f"{job.key}: backing up")
+    try:
+        snapshot = saved(job, hurry=hurry)
+        before = known.get("size")
+        shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
+        known |= {
+            "last_success": started,
+            "failures": 0,
+            "error": None,
+            "wanted": False,
+            "snapshot": snapshot.id,
+            "facts": snapshot.facts,
+            "size": snapshot.size,
+            "added": snapshot.added,
+            "seconds": round(time.time() - started, 3),
+            "shrunk": f"from {before} to {snapshot.size} bytes since the one before" if shrunk else None,
+        }
+        record |= {"snapshot": snapshot.id, "new": snapshot.added, "total": snapshot.size, "facts": snapshot.facts}
+        say(f"{job.key}: {snapshot.size} bytes, {snapshot.added} new, snapshot {snapshot.id[:8]}")
+    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
+        known |= {"failures": known["failures"] + 1, "error": str(error)}
+        record["error"] = str(error)
+        say(f"{job.key}: FAILED: {error}")
+    record["end"] = time.time()
+    state.record(record)
+    return "error" not in record
+
+
+def saved(job: Job, *, hurry: bool) -> Snapshot:
+    """Takes the backup: into the first target from the source, into the others from there. That restic can where one
+    of two needs credentials only, so a second bucket gets a backup of its own."""
+    targets = job.targets
+    if not targets:
+        raise BackupError(f"{job.key}: no target. Next step: name one under bulkhead:backup in Pulumi.host.yaml")
+    first, *others = targets
+    snapshot = TAKE[job.engine](job, first, hurry)
+    for other in others:
+        if first.variables and other.variables != first.variables:
+            TAKE[job.engine](job, other, hurry)
+        else:
+            other.copy_from(first, snapshot.id)
+    for repository in targets:
+        prune(job, repository)
+    return snapshot
+
+
+def prune(job: Job, repository: Repository) -> None:
+    """Lets go of the base backups that are not kept, in one target, and of the WAL before the last but one: of what is
+    older, each base backup comes back as it was."""
+    repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
+    if job.wal and len(repository.snapshots(f"job:{job.name}", "kind:base")) > 2:
+        repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")
+
+
+def prune_states(repository: Repository) -> None:
+    """Lets go of all but the newest of what was stored beside the backups."""
+    repository.forget({"last": STATES_KEPT}, "kind:state")
+
+
+def take_postgres(job: Job, repository: Repository, hurry: bool) -> Snapshot:
+    """A base backup with all the WAL that it needs, and the rows that every table had just before."""
+    server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
+    if job.wal:
+        server.hold(SLOT_BYTES)
+    facts = server.facts() | {
+        "at": time.time(),
+        "position": server.position(),
+        "rows": engines.counted(server.query, engines.COUNT_SECONDS),
+    }
+    return repository.save_stream(
+        server.base(hurry=hurry), "base.tar", restic.tags(job.name, "base", facts), LIMIT_SECONDS
+    )
+
+
+def take_redis(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
+    server = Redis(job.container())
+    command, variables = server.snapshot()
+    facts = server.facts(job.volume) | {"at": time.time()}
+    with variables_set(variables):
+        return repository.save_stream(command, "dump.rdb", restic.tags(job.name, "base", facts), LIMIT_SECONDS)
+
+
+def take_files(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
+    before, after = job.declared.get("before"), job.declared.get("after")
+    container = job.container() if before or after else None
+    with engines.quiet(container, before, after):
+        tags = restic.tags(job.name, "base", {"engine": "files", "at": time.time()})
+        return repository.save_folder(engines.mountpoint(job.volume), tags)
+
+
+TAKE: Mapping[str, Callable[[Job, Repository, bool], Snapshot]] = {
+    "postgres": take_postgres,
+    "redis": take_redis,
+    "files": take_files,
+}
+
+
+@contextmanager
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables, for the children of the body."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def archive(job: Job, state: State, say: Callable[[str], None]) -> bool:
+    """Brings the WAL that is new into all targets. A gap in it makes a new base backup due."""
+    known, started = state.of(job), time.time()
+    try:
+        server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
+        server.hold(SLOT_BYTES)
+        position = server.position()
+        copied, gap = server.archive(job.spool)
+        if gap:
+            known |= {
+                "wanted": True,
+                "gap": f"WAL is missing before {ago(started, started)}; a new base backup follows",
+            }
+            say(f"{job.key}: {known['gap']}")
+        if copied:
+            for repository in job.targets:
+                facts = {"engine": "postgres", "at": started, "position": position}
+                repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
+        known |= {"wal_at": started, "wal_error": None}
+    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
+        known |= {"wal_error": str(error)}
+        say(f"{job.key}: WAL: FAILED: {error}")
+        state.record({"job": job.key, "kind": "wal", "start": started, "end": time.time(), "error": str(error)})
+        return False
+    return True
+
+
+def trim(job: Job) -> None:
+    """Lets go of the WAL on the host from before the base backup before the last."""
+    repository = job.targets[0]
+    bases = repository.snapshots(f"job:{job.name}", "kind:base")
+    if len(bases) > 2:
+        oldest = bases[-2].at.timestamp()
+        for segment in job.spool.glob("*"):
+            if engines.SEGMENT.fullmatch(segment.name) and segment.stat().st_mtime < oldest - 3600:
+                segment.unlink()
+
+
+# --- the verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--environment", action="append", default=[], help="of this environment only")
+    parser.add_argument("--job", action="append", default=[], help="this volume only")
+    parser.add_argument("--due", action="store_true", help="only what is due; says nothing if nothing is")
+    parser.add_argument("--stop", action="store_true", help="end the run that goes on")
+    parser.add_argument("--background", action="store_true", help="in a process of its own")
+    parser.add_argument("--store", metavar="NAME", default="", help="standard input, with the backups of --environment")
+    parser.add_argument("--list", action="store_true", help="the snapshots, newest last")
+    parser.add_argument("--verified", action="store_true", help="when each volume's was last checked, as JSON")
+    parser.add_argument("--json", action="store_true", help="the report for a program")
+
+
+def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B008 - frozen
+    """0: done, 1: a backup failed, 2: undecided."""
+    os.umask(0o077)
+    if args.stop:
+        return stop(places)
+    import_module("host.restore")  # all of the program, before a deploy puts another in its place
+    try:
+        every, wanted = jobs(places), jobs(places, args.environment, args.job)
+    except BackupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.list:
+        return show(wanted, args.json)
+    state = State(places)
+    if args.verified:
+        print(json.dumps({job.volume: state.of(job).get("last_verified") for job in wanted}))
+        return 0
+    now = time.time()
+    if args.due:
+        under_way = deploying(places) | held(places)
+        wanted = [job for job in wanted if job.environment not in under_way and is_due(job, state, now)]
+        if not wanted:
+            state.save(every)
+            return 0
+    if args.background:
+        return in_background(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.store:
+        return stored(wanted, args.store, sys.stdin.buffer.read(), places)
+    with alone(places, "backup", 0 if args.due else WAIT_SECONDS) as free:
+        if not free:
+            if not args.due:
+                print(f"not now: {holder(places)} goes on. Next step: wait for it", file=sys.stderr)
+            return 0 if args.due else 2
+        state = State(places)
+        well = True
+        for job in wanted:
+            well &= worked(job, state, args, every)
+    if args.json:
+        print(json.dumps({job.key: state.of(job) for job in wanted}, indent=1))
+    return 0 if well else 1
+
+
+def held(places: Places) -> frozenset[str]:
+    """Environments whose data is yet to come: a backup of them as they are now would become the newest."""
+    files = (places.declared / "backup").glob("*.json")
+    return frozenset(file.stem for file in files if read_json(file).get("held"))
+
+
+def stored(wanted: Sequence[Job], name: str, data: bytes, places: Places) -> int:
+    """Saves data as a file in every repository of these jobs; the newest ten are kept."""
+    repositories = {one.url: one for job in wanted for one in job.targets}
+    facts = {"engine": "state", "at": time.time()}
+    with alone(places, "backup", WAIT_SECONDS) as free, tempfile.NamedTemporaryFile() as file:
+        if not free:
+            print(f"not now: {holder(places)} goes on. Next step: make up again", file=sys.stderr)
+            return 2
+        file.write(data)
+        file.flush()
+        failed = 0
+        for repository in repositories.values():
+            try:
+                tags = restic.tags(name, "state", facts)
+                repository.save_stream(["cat", file.name], f"{name}.tar.gz", tags, LIMIT_SECONDS)
+                prune_states(repository)
+            except BackupError as error:
+                failed += 1
+                print(error, file=sys.stderr)
+    if failed:
+        return 1
+    print(f"settings and state are with the backups, in {len(repositories)} targets")
+    return 0
+
+
+def is_due(job: Job, state: State, now: float) -> bool:
+    known = state.of(job)
+    times = [due_at(job, known), drill_due_at(job, known), *([wal_due_at(known)] if job.wal else [])]
+    return min(times) <= now
+
+
+def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job]) -> bool:
+    """One job: its backup, its WAL, its drill. The state is saved after each: a kill loses at most one of them."""
+    from host import restore  # it builds on this module
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    well, now, known = True, time.time(), state.of(job)
+    if not args.due or due_at(job, known) <= now:
+        well = back_up(job, state, say, hurry=not args.due)
+        if well and job.wal:
+            known["gap"] = None
+        state.save(every)
+    if job.wal:
+        archived = archive(job, state, say)
+        if archived and known.get("trimmed") != known.get("snapshot"):
+            trim(job)
+            known["trimmed"] = known.get("snapshot")
+        well &= archived
+        state.save(every)
+    if args.due and drill_due_at(job, known) <= now:
+        well &= restore.drilled(job, state, say)
+        state.save(every)
+    return well
+
+
+def in_background(args: argparse.Namespace) -> int:
+    """Starts what is due in a session of its own, with the lowest claims on CPU and disk."""
+    from host.watch import program  # only where no systemd does this
+
+    options = [f"--environment={one}" for one in args.environment] + [f"--job={one}" for one in args.job]
+    subprocess.Popen(
+        ["nice", "-n", "19", "ionice", "-c", "3", *program(), "backup", "--due", *options],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return 0
+
+
+def show(wanted: Sequence[Job], as_json: bool) -> int:
+    """Prints the snapshots of each job and target."""
+    found = [
+        {
+            "job": job.key,
+            "target": target,
+            "snapshot": one.id[:8],
+            "at": one.at.isoformat(timespec="seconds"),
+            "kind": one.kind,
+        }
+        for job in wanted
+        for target, repository in job.repositories.items()
+        for one in repository.snapshots(f"job:{job.name}")
+    ]
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for one in found:
+            print("  ".join(str(value) for value in one.values()))
+    return 0

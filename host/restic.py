@@ -1,0 +1,301 @@
+"""restic: one environment's repository of backups in one target. Encrypted, deduplicated, compressed by restic itself.
+Nothing here knows what is in a backup: `host/backup.py` decides what is saved, `host/restore.py` what comes back."""
+
+import base64
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from host.machine import Undecided
+
+FACTS = "facts:"
+ABSENT = ("config: no such file or directory", "config file: Stat: The specified key does not exist")
+REFUSED = ("AccessDenied", "Access Denied", "Access Key Id you provided", "request signature we calculated")
+"""As S3 servers word it, which is all that restic passes on."""
+UNREACHABLE = ("connection refused", "no such host", "i/o timeout", "connection reset")
+LOCKED = "`unlock` command can be used"
+FULL = ("no space left on device", "QuotaExceeded", "XMinioStorageFull", "disk quota exceeded")
+STEPS = (
+    (
+        REFUSED,
+        "see that the secrets backup_<target>_key_id and _secret_key are right (then make up), and that the repository "
+        "is there: make bucket makes it",
+    ),
+    (UNREACHABLE, "the target does not answer: see that it runs and can be reached from the host"),
+    (FULL, "the target is full: make room there, or let fewer snapshots be kept (retain)"),
+    (("wrong password or no key found",), "this is another repository's key: see docs/runbooks/lost-key.md"),
+)
+ANSWER_SECONDS = 600
+GIVE_UP_SECONDS = 2.0
+
+
+class BackupError(Exception):
+    """A backup or restore did not succeed; the text names what failed and the next step."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the target does not let these credentials do it."""
+        return any(word in str(self) for word in REFUSED)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot. `facts`: what the job knew when it was made. `size`: bytes, `added`: bytes new to the repository."""
+
+    id: str
+    at: datetime
+    kind: str
+    paths: tuple[str, ...]
+    facts: Mapping[str, Any]
+    size: int = 0
+    added: int = 0
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where it is, its key, and the credentials of its target as restic's variables (`AWS_ACCESS_KEY_ID`, ...).
+
+    `append_only`: the credentials cannot delete, so nothing is let go of here.
+    """
+
+    url: str
+    password: str = field(repr=False)
+    cache: Path
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    append_only: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        ours = {"RESTIC_REPOSITORY": self.url, "RESTIC_PASSWORD": self.password, "RESTIC_CACHE_DIR": str(self.cache)}
+        return {**os.environ, "GOMAXPROCS": "2", **self.variables, **ours}
+
+    def call(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
+        """Standard output of `restic words`. BackupError with the next step."""
+        try:
+            return self._call(words, seconds)
+        except BackupError as error:
+            if LOCKED not in str(error) or not self.prepared(error):
+                raise
+            return self._call(words, seconds)
+
+    def _call(self, words: Sequence[str], seconds: float) -> str:
+        try:
+            done = subprocess.run(
+                ["restic", "--quiet", *words],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise Undecided("restic is not installed. Next step: apt-get install restic") from None
+        except subprocess.TimeoutExpired:
+            raise BackupError(f"restic {words[0]}: no answer within {seconds:g} s from {self.url}") from None
+        if done.returncode:
+            raise self.error(words[0], done.stderr)
+        return done.stdout
+
+    def error(self, verb: str, said: str) -> BackupError:
+        """What restic said, with the step that its words suggest."""
+        lines = [line for line in said.splitlines() if " " in line and not line.startswith("\t")]  # not Go's stack
+        lines = [line for line in lines if line.startswith("Fatal")] or lines[:5]
+        step = next((text for words, text in STEPS if any(word.lower() in said.lower() for word in words)), "see above")
+        return BackupError(f"restic {verb} in {self.url}: {' / '.join(lines)}. Next step: {step}")
+
+    def prepared(self, error: BackupError) -> bool:
+        """Whether what stood in the way could be put right: no repository yet, or a lock of a run that was killed."""
+        if error.refused:
+            return False
+        if any(word in str(error) for word in ABSENT):
+            self.init()
+            return True
+        if LOCKED in str(error):
+            # Only locks whose process is gone, or that are older than half an hour.
+            self._call(("unlock",), ANSWER_SECONDS)
+            return True
+        return False
+
+    @property
+    def in_bucket(self) -> bool:
+        return self.url.startswith("s3:")
+
+    def there(self) -> bool:
+        """Whether it has been made. BackupError where that cannot be known, or the key is another's."""
+        try:
+            self._call(("cat", "config"), ANSWER_SECONDS)
+        except BackupError as error:
+            if error.refused or not any(word in str(error) for word in ABSENT):
+                raise
+            return False
+        return True
+
+    def init(self) -> None:
+        """Makes it. In a bucket only its owner can: restic asks for the bucket as a whole, once."""
+        self._call(("init",), ANSWER_SECONDS)
+
+    # --- saving
+
+    def save_stream(self, producer: Sequence[str], name: str, tags: Sequence[str], seconds: float) -> Snapshot:
+        """A snapshot of what a command prints, as one file. BackupError, and no snapshot, where the command fails."""
+        return self._again(lambda: self._save_stream(producer, name, tags, seconds))
+
+    def _again(self, save: Callable[[], Snapshot]) -> Snapshot:
+        """Does it, and once more where what stood in the way could be put right."""
+        try:
+            return save()
+        except BackupError as error:
+            if not self.prepared(error):
+                raise
+            return save()
+
+    def _save_stream(self, producer: Sequence[str], name: str, tags: Sequence[str], seconds: float) -> Snapshot:
+        """The stream, once.
+
+        restic takes the end of its input for the end of the file, so the pipe is held open until it is known how the
+        command ended: half a database must not look like a backup.
+        """
+        command = self._backup("--stdin", "--stdin-filename", name, tags=tags)
+        reading, writing = os.pipe()
+        with (
+            os.fdopen(writing, "wb") as held,
+            os.fdopen(reading, "rb") as output,
+            _running(command, self.environment, output) as restic,
+        ):
+            output.close()
+            try:
+                made = subprocess.run(
+                    producer,
+                    stdin=subprocess.DEVNULL,
+                    stdout=held,
+                    stderr=subprocess.PIPE,
+                    timeout=seconds,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise BackupError(f"{producer[0]} did not end within {seconds:g} s") from None
+            if made.returncode and not _ends(restic):
+                said = made.stderr.decode(errors="replace").strip().splitlines()[-3:]
+                raise BackupError(f"{' '.join(producer[:4])} …: {' / '.join(said) or made.returncode}")
+            held.close()
+            return self._saved(restic, tags)
+
+    def save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
+        """A snapshot of a folder; what has not changed since the one before is not read again."""
+        return self._again(lambda: self._save_folder(folder, tags))
+
+    def _save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
+        command = self._backup("--ignore-inode", ".", tags=tags)
+        with _running(command, self.environment, subprocess.DEVNULL, folder) as restic:
+            return self._saved(restic, tags)
+
+    def _backup(self, *words: str, tags: Sequence[str]) -> list[str]:
+        tagged = [word for tag in tags for word in ("--tag", tag)]
+        return ["restic", "backup", "--json", "--host", "bulkhead", *tagged, *words]
+
+    def _saved(self, restic: "subprocess.Popen[bytes]", tags: Sequence[str]) -> Snapshot:
+        output, said = restic.communicate()
+        if restic.returncode:
+            raise self.error("backup", said.decode(errors="replace"))
+        told = [json.loads(line) for line in output.splitlines() if line.startswith(b"{")]
+        summary = next(line for line in reversed(told) if line.get("message_type") == "summary")
+        now = datetime.now(UTC).isoformat()
+        made = _snapshot({"id": summary["snapshot_id"], "time": now, "paths": [], "tags": list(tags)})
+        return replace(made, size=summary["total_bytes_processed"], added=summary["data_added"])
+
+    # --- finding and bringing back
+
+    def snapshots(self, *tags: str) -> list[Snapshot]:
+        """Those that have all these tags, the oldest first."""
+        words = ["--tag", ",".join(tags)] if tags else []
+        found = json.loads(self.call("snapshots", "--json", *words)) or []
+        return sorted((_snapshot(one) for one in found), key=lambda one: one.at)
+
+    def restore(self, snapshot: str, into: Path) -> None:
+        """All of a snapshot's files, into a folder."""
+        self.call("restore", snapshot, "--target", str(into), seconds=24 * 3600)
+
+    def dump(self, snapshot: str, file: str) -> list[str]:
+        """The command that prints one file of a snapshot; it needs `environment`."""
+        return ["restic", "--quiet", "dump", snapshot, file]
+
+    def size(self, snapshot: str) -> int:
+        """Bytes that a snapshot takes up once it is restored."""
+        return int(json.loads(self.call("stats", "--json", "--mode", "restore-size", snapshot))["total_size"])
+
+    def files(self, snapshot: str) -> Iterator[str]:
+        """The paths in a snapshot."""
+        for line in self.call("ls", "--json", snapshot).splitlines():
+            found = json.loads(line)
+            if found.get("struct_type") == "node" and found.get("type") == "file":
+                yield found["path"]
+
+    def forget(self, retain: Mapping[str, int | None], *tags: str) -> None:
+        """Lets go of the snapshots that `retain` (as in `x-bulkhead.backup`) does not keep, and of their data."""
+        if self.append_only:
+            return
+        kept = [word for key, count in retain.items() if count for word in (f"--keep-{key}", str(count))]
+        self.call("forget", "--group-by", "host", "--tag", ",".join(tags), "--prune", *kept, seconds=6 * 3600)
+
+    def copy_from(self, other: "Repository", *snapshots: str) -> None:
+        """Copies snapshots of another repository that are not here yet."""
+        theirs = {"RESTIC_FROM_REPOSITORY": other.url, "RESTIC_FROM_PASSWORD": other.password}
+        joined = Repository(self.url, self.password, self.cache, {**other.variables, **self.variables, **theirs})
+        joined.call("copy", *snapshots, seconds=24 * 3600)
+
+    def check(self) -> None:
+        """Reads everything and compares it with its checksums. BackupError for what is damaged."""
+        self.call("check", "--read-data", seconds=24 * 3600)
+
+
+def tags(job: str, kind: str, facts: Mapping[str, Any]) -> list[str]:
+    """A snapshot's tags: what finds it again, and the facts in one that restic cannot split."""
+    packed = base64.urlsafe_b64encode(json.dumps(facts, sort_keys=True).encode()).decode()
+    return [f"job:{job}", f"kind:{kind}", f"{FACTS}{packed}"]
+
+
+def _snapshot(listed: Mapping[str, Any]) -> Snapshot:
+    known = listed.get("tags") or []
+    packed = next((tag.removeprefix(FACTS) for tag in known if tag.startswith(FACTS)), "")
+    facts = json.loads(base64.urlsafe_b64decode(packed)) if packed else {}
+    kind = next((tag.removeprefix("kind:") for tag in known if tag.startswith("kind:")), "")
+    at = datetime.fromisoformat(str(listed["time"])).astimezone()
+    return Snapshot(str(listed["id"]), at, kind, tuple(listed["paths"]), facts)
+
+
+def _ends(restic: "subprocess.Popen[bytes]") -> bool:
+    """Whether restic ends though its input is still open: what fed it then failed because restic did."""
+    try:
+        restic.wait(GIVE_UP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | int, folder: Path | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """restic, which does not outlive the body."""
+    try:
+        child = subprocess.Popen(
+            command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
+        )
+    except FileNotFoundError:
+        raise Undecided("restic is not installed. Next step: apt-get install restic") from None
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+        for stream in (child.stdout, child.stderr):
+            if stream:
+                stream.close()

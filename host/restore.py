@@ -1,0 +1,782 @@
+"""restore: brings a backup back into a fresh volume, checks it there, and only then puts it in place of the old one.
+A drill does the same into a volume that is thrown away: a backup counts when it has been restored and checked."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from host import engines
+from host.backup import RESTORE_LABEL as LABEL
+from host.backup import WAIT_SECONDS, Job, State, alone, holder, jobs
+from host.engines import Container, inspect, mountpoint
+from host.keep import used
+from host.machine import Places, Undecided, ask, read_json
+from host.restic import BackupError, Repository, Snapshot
+
+KEPT = "bulkhead.kept"
+START_ENGINE = "start Docker; see `docker info`"
+BEST_EFFORT = "best-effort"
+HEALTHY_SECONDS, RECOVERY_SECONDS = 180.0, 6 * 3600.0
+PROGRESS_SECONDS = 2.0
+ROOM = 1.1
+"""Free space that a restore needs, as a part of what it brings back: file systems have their own needs."""
+SLACK = 0.01
+"""Part of a table's rows by which it may be smaller than at the time of its backup, and still count as restored: rows
+are deleted too while WAL is written."""
+SOCKET = "/tmp"  # noqa: S108 - in a container of its own
+Say = Callable[[str], None]
+
+
+@dataclass
+class Restored:
+    """A volume that was restored and checked. `until`: seconds since 1970 up to which its data is known to go."""
+
+    job: Job
+    volume: str
+    snapshot: Snapshot
+    until: float
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float | None]:
+    """The snapshot for a time or an id; with a time that WAL goes on to, that time. BackupError where there is none."""
+    bases = repository.snapshots(f"job:{job.name}", "kind:base")
+    if not bases:
+        raise BackupError(f"{job.key}: no snapshot in {repository.url}. Next step: make backup")
+    if at in ("", "latest"):
+        return bases[-1], None
+    named = [one for one in bases if one.id.startswith(at)]
+    if len(named) == 1 and len(at) >= 4:
+        return named[0], None
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError:
+        known = ", ".join(f"{one.id[:8]} ({one.at:%Y-%m-%d %H:%M:%S %Z})" for one in bases[-5:])
+        raise BackupError(
+            f"{at}: neither a time (2026-11-25 14:00:05) nor a snapshot; the newest are {known}"
+        ) from None
+    seconds = moment.astimezone().timestamp()
+    before = [one for one in bases if one.facts["at"] <= seconds]
+    if not before:
+        raise BackupError(f"{at}: before the oldest snapshot, {bases[0].at:%Y-%m-%d %H:%M:%S %Z}")
+    return before[-1], seconds if job.wal else None
+
+
+def wal_for(job: Job, repository: Repository, until: float | None) -> Snapshot | None:
+    """The snapshot of WAL that goes up to a time; the newest where none does or none is asked for."""
+    found = repository.snapshots(f"job:{job.name}", "kind:wal")
+    reaching = [one for one in found if until is not None and one.facts["at"] >= until]
+    return reaching[0] if reaching else found[-1] if found else None
+
+
+# --- into a volume
+
+
+@contextmanager
+def volume_made(name: str, job: Job) -> Iterator[str]:
+    """A fresh volume, which goes again if the body fails."""
+    ask(["docker", "volume", "create", "--label", f"{LABEL}={job.key}", name], START_ENGINE)
+    try:
+        yield name
+    except BaseException:
+        ask(["docker", "volume", "rm", "--force", name], START_ENGINE)
+        raise
+
+
+def need_room(folder: Path, size: int) -> None:
+    """BackupError unless so many bytes, and some, are free beside a folder."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size * ROOM:
+        raise BackupError(
+            f"{size * ROOM / 2**30:.2f} GiB are needed for the restore, {free / 2**30:.2f} GiB are free in {there}. "
+            "Next step: make room (make restore RELEASE=<kept volume> removes what an earlier restore kept)"
+        )
+
+
+def template(job: Job) -> Container:
+    """A container of the job's service, running or not: its image and its limits are what the data needs."""
+    found = engines.containers(job.environment, job.volume, stopped=True)
+    service = job.declared.get("service")
+    for one in found:
+        if service in (None, one.inspected["Config"]["Labels"][engines.SERVICE]):
+            return one
+    raise BackupError(f"{job.key}: no container of its service is there. Next step: make up ENV={job.environment}")
+
+
+def throwaway(job: Job, like: Container, *words: str, user: str, entry: str, options: Sequence[str] = ()) -> list[str]:
+    """`docker` words that make a container of the service's image with no network and nothing of the old volume."""
+    memory = int(like.inspected["HostConfig"].get("Memory") or 0)
+    limits = [f"--memory={memory}", f"--memory-swap={memory}"] if memory else []
+    parent = budget(job.places)
+    return [
+        *("--network=none", "--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={user}"),
+        *(f"--label={LABEL}={job.key}", f"--entrypoint={entry}"),
+        *([f"--cgroup-parent={parent}"] if parent else []),
+        *limits,
+        *options,
+        like.image,
+        *words,
+    ]
+
+
+def budget(places: Places) -> str:
+    """The slice of a best-effort environment: prod's own is for prod. Empty where there is none."""
+    environments = read_json(places.declared / "host.json")["environments"]
+    return next((str(one["cgroup_parent"]) for one in environments.values() if one["tier"] == BEST_EFFORT), "")
+
+
+UNPACK = 'mkdir -p "$1" && tar -x -p -f - -C "$1" && chown "$2:$3" /to "$1" && chmod 700 "$1"'
+RECOVER = (
+    'cd "$1" && cp -p postgresql.auto.conf .bulkhead.conf && printf %s "$4" >> postgresql.auto.conf && '
+    ': > recovery.signal && chown "$2:$3" recovery.signal'
+)
+RECOVERED = 'cd "$1" && mv .bulkhead.conf postgresql.auto.conf && rm -f recovery.signal'
+
+
+def in_volume(job: Job, snapshot: Snapshot, volume: str, script: str, *words: str) -> list[str]:
+    """The command that runs a script beside a volume, which is /to. In a container, since a volume may hold anything,
+    links to files of the host too. `$1`: where the data is, `$2`, `$3`: whose it is, then `words`."""
+    uid, gid = snapshot.facts["owner"]
+    caps = [f"--cap-add={name}" for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER")]
+    arguments = ("-euc", script, "sh", f"/to/{snapshot.facts['inside']}", str(uid), str(gid), *words)
+    options = ("--interactive", "--rm", *caps, f"--volume={volume}:/to")
+    return ["docker", "run", *throwaway(job, template(job), *arguments, user="0:0", entry="sh", options=options)]
+
+
+def unpack(job: Job, repository: Repository, snapshot: Snapshot, volume: str, say: Say) -> None:
+    """A base backup into a volume."""
+    sink = in_volume(job, snapshot, volume, UNPACK)
+    piped(repository, repository.dump(snapshot.id, "/base.tar"), sink, volume, snapshot, say)
+
+
+def piped(
+    repository: Repository, source: Sequence[str], sink: Sequence[str], volume: str, snapshot: Snapshot, say: Say
+) -> None:
+    """Runs `source | sink`, tells how far it is. BackupError if either fails."""
+    with progress(mountpoint(volume), repository.size(snapshot.id), say):
+        dumping = subprocess.Popen(
+            source, env=repository.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            done = subprocess.run(sink, stdin=dumping.stdout, capture_output=True, check=False)
+        finally:
+            if dumping.stdout:
+                dumping.stdout.close()
+            _, said = dumping.communicate()
+    if done.returncode:
+        raise BackupError(f"unpacking: {done.stderr.decode(errors='replace').strip()[-500:]}")
+    if dumping.returncode:
+        raise repository.error("dump", said.decode(errors="replace"))
+
+
+@contextmanager
+def progress(folder: Path, size: int, say: Say) -> Iterator[None]:
+    """Says every few seconds how much of so many bytes has come, and how long the rest will take."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            there, took = used([str(folder)]), time.monotonic() - started
+            rest = max(0.0, took / there * (size - there)) if there else 0.0
+            say(f"  {there / 2**20:.0f} of {size / 2**20:.0f} MiB, about {rest:.0f} s left")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+# --- PostgreSQL
+
+RESTORE_COMMAND = 'cp "/wal/%f" "%p" 2>/dev/null || cp "/wal/%f.partial" "%p"'
+
+
+def restore_postgres(
+    job: Job, repository: Repository, snapshot: Snapshot, until: float | None, volume: str, say: Say
+) -> Restored:
+    """Base backup, then WAL up to a time (or all there is; a base without WAL as it is), then the server is asked."""
+    like = template(job)
+    same_version(job, like, snapshot)
+    wal = wal_for(job, repository, until) if job.wal else None
+    need_room(mountpoint(volume), repository.size(snapshot.id) + (repository.size(wal.id) if wal else 0))
+    say(f"{job.key}: base backup {snapshot.id[:8]} of {snapshot.at:%Y-%m-%d %H:%M:%S}")
+    unpack(job, repository, snapshot, volume, say)
+    folder = job.folder / f"restore-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        archive = folder / "wal"
+        archive.mkdir()
+        if wal:
+            say(f"{job.key}: WAL up to {wal.at:%Y-%m-%d %H:%M:%S}")
+            repository.restore(wal.id, archive)
+        for file in (archive, *archive.rglob("*")):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        settings = {"restore_command": RESTORE_COMMAND, "recovery_target_action": "promote"}
+        if until is not None:
+            settings["recovery_target_time"] = datetime.fromtimestamp(until, UTC).isoformat()
+        elif not wal:
+            settings["recovery_target"] = "immediate"
+        with recovery(job, snapshot, volume, settings):
+            found = asked_postgres(job, like, snapshot, wal, archive, volume, say)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    reached = until or (wal.facts["at"] if wal else snapshot.facts["at"])
+    return Restored(job, volume, snapshot, reached, found)
+
+
+def same_version(job: Job, like: Container, snapshot: Snapshot) -> None:
+    """BackupError where the service's image has another major version than the data."""
+    command = throwaway(
+        job, like, "--version", user="65534:65534", entry=f"{snapshot.facts['programs']}/postgres", options=("--rm",)
+    )
+    wanted = int(snapshot.facts["version"]) // 10000
+    try:
+        told = ask(["docker", "run", *command], START_ENGINE).split()
+        there = int(told[2].partition(".")[0])
+    except (Undecided, IndexError, ValueError) as error:
+        raise BackupError(f"{job.key}: the image has no PostgreSQL {wanted}: {error}") from None
+    if there != wanted:
+        raise BackupError(
+            f"{job.key}: the backup is of PostgreSQL {wanted}, the image has {there}. Next step: deploy the version of "
+            "the backup, restore, then upgrade"
+        )
+
+
+@contextmanager
+def recovery(job: Job, snapshot: Snapshot, volume: str, settings: Mapping[str, str]) -> Iterator[None]:
+    """Makes a cluster recover when it starts; afterwards it says nothing of that any more."""
+    lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
+    ask(in_volume(job, snapshot, volume, RECOVER, lines), START_ENGINE)
+    yield
+    ask(in_volume(job, snapshot, volume, RECOVERED), START_ENGINE)
+
+
+@contextmanager
+def postgres_on(
+    job: Job, like: Container, snapshot: Snapshot, volume: str, options: Sequence[str] = ()
+) -> Iterator[tuple[Container, Callable[..., str]]]:
+    """A server on a restored volume, without a network: its container, and what asks it. It may still be starting."""
+    facts = snapshot.facts
+    uid, gid = facts["owner"]
+    settings = {"listen_addresses": "", "unix_socket_directories": SOCKET, "archive_mode": "off", "hot_standby": "on"}
+    words = [*facts["argv"], *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))]
+    mounts = (f"--volume={volume}:{facts['mount']}", f"--tmpfs={SOCKET}:mode=1777", *options)
+    command = throwaway(job, like, *words, user=f"{uid}:{gid}", entry=f"{facts['programs']}/postgres", options=mounts)
+    with started(command) as container:
+
+        def query(sql: str, database: str = "postgres") -> str:
+            flags = ("--tuples-only", "--no-align", f"--command={sql}")
+            return container.said(*psql(facts, database), *flags, user=str(uid)).strip()
+
+        yield container, query
+
+
+def psql(facts: Mapping[str, Any], database: str) -> list[str]:
+    """The words that start the client in such a container."""
+    return [
+        *(f"{facts['programs']}/psql", f"--host={SOCKET}", f"--username={facts['user']}", "--no-password"),
+        *("--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={database}"),
+    ]
+
+
+def asked_postgres(
+    job: Job, like: Container, snapshot: Snapshot, wal: Snapshot | None, archive: Path, volume: str, say: Say
+) -> dict[str, Any]:
+    """Starts the server on the restored volume, waits until it has recovered, asks, stops it."""
+    with postgres_on(job, like, snapshot, volume, [f"--volume={archive}:/wal:ro"]) as (container, query):
+        replayed = recovered(job, container, query, say)
+        rows = engines.counted(query)
+        found: dict[str, Any] = {"rows": rows, "position": replayed, "problems": lost(snapshot.facts["rows"], rows)}
+        if wal and query(f"select '{replayed}'::pg_lsn >= '{wal.facts['position']}'::pg_lsn") != "t":
+            found["behind"] = f"WAL was replayed to {replayed}, and {wal.facts['position']} was there when it was saved"
+        if check := job.declared.get("verify"):
+            found["verify"] = query(check, job.declared.get("database") or engines.one_database(query))
+            if found["verify"] in ("", "f", "0"):
+                found["problems"].append(f"the query of verify says {found['verify'] or 'nothing'}: {check}")
+        return found
+
+
+def recovered(job: Job, container: Container, query: Callable[..., str], say: Say) -> str:
+    """Waits until a server takes writes; the position that it had replayed up to. BackupError if it ends, or never."""
+    said_at = time.monotonic()
+    deadline = said_at + RECOVERY_SECONDS
+    while True:
+        alive(container)
+        try:
+            state = query("select pg_is_in_recovery(), coalesce(pg_last_wal_replay_lsn(), '0/0')")
+        except BackupError:
+            state = ""
+        if state.startswith("f|"):
+            return state.partition("|")[2]
+        if time.monotonic() > deadline:
+            raise BackupError(f"{job.key}: still recovering after {RECOVERY_SECONDS:g} s")
+        if time.monotonic() - said_at > 5:
+            said_at = time.monotonic()
+            say(f"  recovering: {state.partition('|')[2] or 'starting'}")
+        time.sleep(0.3)
+
+
+def lost(before: Mapping[str, int | None], rows: Mapping[str, int | None]) -> list[str]:
+    """Tables that have less than they had when the backup began."""
+    return [
+        f"table {name}: {rows.get(name, 'no')} rows, {count} at the time of the backup"
+        for name, count in before.items()
+        if count is not None and (rows.get(name, -1) or 0) < count - SLACK * count
+    ]
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[Container]:
+    """A throwaway container, gone afterwards; it is asked to stop first, so that a database is closed in order."""
+    made = ask(["docker", "run", "--detach", *command], START_ENGINE).strip()
+    try:
+        yield Container(*inspect("container", made))
+        ask(["docker", "stop", "--time=120", made], START_ENGINE, seconds=150)
+    finally:
+        ask(["docker", "rm", "--force", "--volumes", made], START_ENGINE)
+
+
+def alive(container: Container) -> None:
+    """BackupError with the end of its log where a throwaway container has ended."""
+    (now,) = inspect("container", container.id)
+    if now["State"]["Status"] != "running":
+        command = ["docker", "logs", "--tail=8", container.id]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        raise BackupError(f"the restored server ended with {now['State']['ExitCode']}: {done.stdout.strip()}")
+
+
+# --- Redis and files
+
+WRITTEN = {"aof_rewrite_in_progress:0", "aof_rewrite_scheduled:0", "aof_last_bgrewrite_status:ok", "aof_enabled:1"}
+
+
+def until_told(container: Container, check: Callable[[], bool]) -> None:
+    """Waits until a server in a throwaway container says so. BackupError if it ends, or never does."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while True:
+        alive(container)
+        with suppress(BackupError):
+            if check():
+                return
+        if time.monotonic() > deadline:
+            raise BackupError(f"the restored server is not ready after {RECOVERY_SECONDS:g} s")
+        time.sleep(0.3)
+
+
+def restore_redis(
+    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, say: Say
+) -> Restored:
+    """The snapshot, loaded by a server that writes its own append-only file of it: with one, none is ever read."""
+    facts, like = snapshot.facts, template(job)
+    settings, owner = facts["settings"], facts["owner"]
+    folder = mountpoint(volume) / facts["inside"]
+    need_room(folder, 2 * repository.size(snapshot.id))
+    folder.mkdir(parents=True, exist_ok=True)
+    dump = folder / settings["dbfilename"]
+    with dump.open("wb") as file:
+        done = subprocess.run(
+            repository.dump(snapshot.id, "/dump.rdb"), env=repository.environment, stdout=file, stderr=subprocess.PIPE,
+            check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise repository.error("dump", done.stderr.decode(errors="replace"))
+    for path in (mountpoint(volume), folder, *folder.rglob("*")):
+        os.chown(path, *owner)
+    inside = str(Path(facts["mount"]) / facts["inside"])
+    names = {name: value for name, value in settings.items() if name != "appendonly"}
+    words = ["--dir", inside, "--port", "0", "--unixsocket", f"{SOCKET}/redis", "--save", "", "--appendonly", "no"]
+    words += [word for name, value in names.items() for word in (f"--{name}", value)]
+    options = (f"--volume={volume}:{facts['mount']}", f"--tmpfs={SOCKET}:mode=1777")
+    command = throwaway(job, like, *words, user=f"{owner[0]}:{owner[1]}", entry="redis-server", options=options)
+    with started(command) as container:
+
+        def asked_(*words: str) -> str:
+            return container.said("redis-cli", "-s", f"{SOCKET}/redis", *words)
+
+        until_told(container, lambda: "loading:0" in asked_("info", "persistence"))
+        told = asked_("info", "keyspace")
+        if settings["appendonly"] == "yes":
+            asked_("config", "set", "appendonly", "yes")
+            until_told(container, lambda: WRITTEN.issubset(asked_("info", "persistence").splitlines()))
+        asked_("save")  # what `redis-cli --rdb` wrote ends with the mark of its stream
+    found: dict[str, Any] = {**engines.keys(told), "problems": []}
+    # What expires may have done so since.
+    if not facts["keys"] - facts["expires"] <= found["keys"] <= facts["keys"]:
+        found["problems"].append(f"{found['keys']} keys, {facts['keys']} at the time of the backup")
+    say(f"{job.key}: {found['keys']} keys")
+    return Restored(job, volume, snapshot, facts["at"], found)
+
+
+def restore_files(
+    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, say: Say
+) -> Restored:
+    """All files; restic compares what it wrote with its checksums."""
+    folder, size = mountpoint(volume), repository.size(snapshot.id)
+    need_room(folder, size)
+    with progress(folder, size, say):
+        repository.call("restore", snapshot.id, "--target", str(folder), "--verify", seconds=RECOVERY_SECONDS)
+    found: dict[str, Any] = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "problems": []}
+    if check := job.declared.get("verify"):
+        like = template(job)
+        mount = like.mount(job.volume)
+        user = like.inspected["Config"].get("User") or "0:0"
+        options = ("--rm", f"--volume={volume}:{mount}:ro")
+        command = throwaway(job, like, "-c", check, user=user, entry="sh", options=options)
+        done = subprocess.run(["docker", "run", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            found["problems"].append(
+                f"the command of verify ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+            )
+    return Restored(job, volume, snapshot, snapshot.facts["at"], found)
+
+
+RESTORE: Mapping[str, Callable[[Job, Repository, Snapshot, float | None, str, Say], Restored]] = {
+    "postgres": restore_postgres,
+    "redis": restore_redis,
+    "files": restore_files,
+}
+
+
+def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -> Restored:
+    """A backup in a fresh volume, checked. BackupError, and no volume, where anything is wrong with it."""
+    snapshot, until = chosen(job, repository, at)
+    with volume_made(volume, job):
+        done = RESTORE[job.engine](job, repository, snapshot, until, volume, say)
+        problems = [*done.found["problems"], *([done.found["behind"]] if "behind" in done.found and not until else [])]
+        if problems:
+            raise BackupError(f"{job.key}: restored, and not as it was: {'; '.join(problems)}")
+        return done
+
+
+# --- in place of the old one
+
+
+def swapped(done: Restored, say: Say) -> str:
+    """Puts a restored volume in place of the service's, which is kept under a dated name: that name.
+
+    Its services stop meanwhile. What does not become healthy with it gets the old data back. BackupError then.
+    """
+    job = done.job
+    kept = f"{job.volume}-kept-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    running = engines.containers(job.environment, job.volume)
+    ids = [one.id for one in running]
+    ask(["docker", "volume", "create", "--label", f"{KEPT}={job.key}", kept], START_ENGINE)
+    say(f"stopping {', '.join(one.inspected['Name'].lstrip('/') for one in running) or 'nothing'}")
+    if ids:
+        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+    exchanged(job.volume, done.volume, kept)
+    try:
+        if ids:
+            ask(["docker", "start", *ids], START_ENGINE, seconds=120)
+            healthy(ids)
+    except (BackupError, Undecided) as error:
+        say(f"it does not run with it ({error}): putting the old data back")
+        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+        exchanged(job.volume, kept, done.volume)
+        ask(["docker", "start", *ids], START_ENGINE, seconds=120)
+        ask(["docker", "volume", "rm", kept], START_ENGINE)
+        raise BackupError(
+            f"{job.key}: {error}. The old data is in place again; the restored is in {done.volume}"
+        ) from None
+    ask(["docker", "volume", "rm", done.volume], START_ENGINE)
+    return kept
+
+
+def exchanged(volume: str, new: str, kept: str) -> None:
+    """Renames folders: the volume's goes to `kept`, that of `new` becomes the volume's. A moment, whatever its size."""
+    here, fresh, there = mountpoint(volume), mountpoint(new), mountpoint(kept)
+    there.rmdir()
+    here.rename(there)
+    fresh.rename(here)
+    fresh.mkdir(mode=0o700)
+
+
+def healthy(ids: Sequence[str]) -> None:
+    """Waits until these containers run, and are healthy where they can say so. BackupError where one is not in time."""
+    deadline = time.monotonic() + HEALTHY_SECONDS
+    while True:
+        states = [one["State"] for one in inspect("container", *ids)]
+        told = [(one.get("Health") or {}).get("Status", one["Status"]) for one in states]
+        if all(one in ("healthy", "running") for one in told):
+            return
+        if time.monotonic() > deadline:
+            raise BackupError(f"not healthy after {HEALTHY_SECONDS:g} s: {', '.join(told)}")
+        time.sleep(0.5)
+
+
+def newer(job: Job, until: float) -> str:
+    """What would be lost, as text: the volume was written to after the time that is restored. Empty if it was not."""
+    newest = max((path.lstat().st_mtime for path in mountpoint(job.volume).rglob("*") if path.is_file()), default=0.0)
+    if newest <= until + 1:
+        return ""
+    return f"{job.volume} was written to until {newest - until:.0f} s after what is restored"
+
+
+# --- a masked copy for another environment
+
+ROLES = """
+select rolname || '|' || format('alter role %I password %L', rolname, rolpassword) from pg_authid
+where rolcanlogin and rolpassword is not null
+"""
+LOGINS = "select rolname from pg_authid where rolcanlogin and rolpassword is not null"
+
+
+def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
+    """The newest backup of `job` in a fresh volume, masked, with the passwords of `to`: ready to be that one's data.
+
+    BackupError, and no volume, where the mask fails: it goes in one transaction for each database.
+    """
+    if job.engine != "postgres":
+        raise BackupError(f"{job.key} is backed up by {job.engine}, and masks are SQL: only postgres can be refreshed")
+    container = to.container()
+    server = engines.Postgres.of(container, to.volume, to.declared.get("user"), to.places)
+    passwords = dict(line.split("|", 1) for line in server.query(ROLES).splitlines())
+    volume = f"{to.volume}-refresh-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    done = restored(job, source(job, ""), "latest", volume, say)
+    facts = done.snapshot.facts
+    try:
+        with postgres_on(job, template(job), done.snapshot, volume) as (copy, query):
+            recovered(job, copy, query, say)
+            # Who logs in where the copy goes does so with its own passwords, and nobody with those of where it is from.
+            for role in query(LOGINS).splitlines():
+                query(passwords.get(role) or f'alter role "{role}" password null')
+            for database in query(engines.DATABASES).splitlines():
+                if query(engines.TABLES, database):
+                    say(f"{job.key}: masking {database}")
+                    masked(copy, facts, database, mask)
+            query("checkpoint")
+    except BaseException:
+        ask(["docker", "volume", "rm", "--force", volume], START_ENGINE)
+        raise
+    return Restored(to, volume, done.snapshot, time.time(), done.found)
+
+
+def masked(copy: Container, facts: Mapping[str, Any], database: str, mask: str) -> None:
+    """Runs the mask in one database of the copy. BackupError with the server's words where it fails."""
+    words = [*psql(facts, database), "--single-transaction", "--file=-"]
+    command = copy.command(*words, user=str(facts["owner"][0]), interactive=True)
+    done = subprocess.run(command, input=mask, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackupError(f"the mask failed in {database}, so nothing was replaced: {done.stderr.strip()[-500:]}")
+
+
+def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
+    """Every volume of an environment that is to get a copy, or one: restored, masked, put in place."""
+    (environment,) = args.environment
+    file = places.declared / "backup" / f"{environment}.json"
+    told = read_json(file).get("refresh", {}) if file.exists() else {}
+    chosen_ = {key: one for key, one in told.items() if not args.job or {key, one["volume"]} & set(args.job)}
+    if not chosen_:
+        raise BackupError(
+            f"{environment}: no volume says where a copy comes from. Next step: x-bulkhead: {{refresh: {{environment: "
+            "prod, mask: mask.sql}}, then make up"
+        )
+    for key, one in chosen_.items():
+        began = time.time()
+        job = one_of(jobs(places, [one["environment"]], [key]))
+        to = Job(environment, key, {**one, "service": None}, {}, began, 0.0, 0.0, places)
+        done = refreshed(job, to, one["mask"], say)
+        if not args.yes:
+            say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
+            continue
+        kept = swapped(done, say)
+        known = state.of(to)
+        if to.spool.exists():
+            to.spool.rename(to.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+        known["wanted"] = True
+        say(f"{to.key}: has a masked copy of {job.key}")
+        say(f"What was there is kept as {kept}, until: make restore RELEASE={kept}")
+        state.record({"job": to.key, "kind": "refresh", "start": began, "end": time.time(), "from": job.key})
+    state.save(jobs(places))
+    return 0
+
+
+# --- drill
+
+
+def drilled(job: Job, state: State, say: Say) -> bool:
+    """Restores the newest backup from every target into a volume that goes again. Whether all of it was there."""
+    known, began = state.of(job), time.time()
+    known["drill_at"] = began
+    record: dict[str, Any] = {"job": job.key, "kind": "drill", "start": began}
+    try:
+        if not job.repositories:
+            raise BackupError(f"{job.key}: no target")
+        for target, repository in job.repositories.items():
+            say(f"{job.key}: restoring the newest backup from {target}")
+            started_at = time.time()
+            name = f"{job.volume}-drill-{os.getpid()}"
+            done = restored(job, repository, "latest", name, say)
+            ask(["docker", "volume", "rm", name], START_ENGINE)
+            record[target] = {
+                "snapshot": done.snapshot.id,
+                "rto": round(time.time() - started_at, 3),
+                "rpo": round(began - done.until, 3),
+                "found": done.found,
+            }
+            repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
+        known |= {
+            "last_verified": began,
+            "drill_error": None,
+            "rto": max(record[target]["rto"] for target in job.repositories),
+            "rpo": max(record[target]["rpo"] for target in job.repositories),
+        }
+        say(f"{job.key}: verified: back in {known['rto']:.1f} s, data of {known['rpo']:.0f} s before")
+    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
+        known["drill_error"] = record["error"] = str(error)
+        say(f"{job.key}: DRILL FAILED: {error}")
+    record["end"] = time.time()
+    state.record(record)
+    return "error" not in record
+
+
+# --- the verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--environment", action="append", default=[], help="of this environment only")
+    parser.add_argument("--job", action="append", default=[], help="this volume only")
+    parser.add_argument("--refresh", action="store_true", help="put a masked copy of real data into --environment")
+    parser.add_argument("--drill", action="store_true", help="restore the newest, check it, throw it away")
+    parser.add_argument("--at", default="latest", help="a time, or a snapshot's id")
+    parser.add_argument("--target", default="", help="from this target; else the first")
+    parser.add_argument("--to", default="", help="into a new volume of this name, and leave it there")
+    parser.add_argument("--yes", action="store_true", help="put it in place of what is there")
+    parser.add_argument("--lose-newer", action="store_true", help="also where that was written to since")
+    parser.add_argument("--release-kept", action="store_true", help="keep nothing of what was there")
+    parser.add_argument("--release", default="", help="remove a volume that an earlier restore has kept")
+    parser.add_argument("--find", default="", help="list the snapshots' files whose names match")
+    parser.add_argument("--file", default="", help="bring back one file of a snapshot, into --to (a folder)")
+
+
+def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B008 - frozen
+    """0: done, 1: it failed or was refused, 2: undecided."""
+    os.umask(0o077)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return asked(args, places)
+    except BackupError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def asked(args: argparse.Namespace, places: Places) -> int:
+    if args.release:
+        return release(args.release)
+    wanted = [] if args.refresh else jobs(places, args.environment, args.job)
+    if args.find or args.file:
+        return searched(one_of(wanted), args)
+    with alone(places, "drill" if args.drill else "refresh" if args.refresh else "restore", WAIT_SECONDS) as free:
+        if not free:
+            raise BackupError(f"not now: {holder(places)} goes on. Next step: wait for it, then run this again")
+        state = State(places)
+        if args.refresh:
+            return refresh(args, state, places)
+        if args.drill:
+            well = True
+            for job in wanted:
+                well &= drilled(job, state, say)
+                state.save(jobs(places))
+            return 0 if well else 1
+        return put_back(one_of(wanted), args, state, places)
+
+
+def one_of(wanted: Sequence[Job]) -> Job:
+    if len(wanted) != 1:
+        named = ", ".join(job.key for job in wanted) or "none"
+        raise BackupError(f"name one volume with its environment; these match: {named}")
+    return wanted[0]
+
+
+def source(job: Job, target: str) -> Repository:
+    if target and target not in job.repositories:
+        raise BackupError(f"{target}: no target of {job.key}; known: {', '.join(job.repositories)}")
+    return job.repositories[target] if target else next(iter(job.repositories.values()))
+
+
+def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -> int:
+    """Restores into a fresh volume; then, with --yes, in place of the old one."""
+    volume = args.to or f"{job.volume}-restore-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    began = time.time()
+    done = restored(job, source(job, args.target), args.at, volume, say)
+    say(f"{job.key}: restored into {volume} and checked, in {time.time() - began:.1f} s: {json.dumps(summary(done))}")
+    if args.to:
+        return 0
+    if not args.yes:
+        say(
+            "Nothing else was changed. Next step: the same with YES=1 to put it in place; or docker volume rm " + volume
+        )
+        return 0
+    if (would := newer(job, done.until)) and not args.lose_newer:
+        raise BackupError(f"{would}: nothing was changed. Next step: with LOSE_NEWER=1 to lose that; it is in {volume}")
+    kept = swapped(done, say)
+    known = state.of(job)
+    known["wanted"] = True  # another history begins here: its WAL fits to no backup that is there
+    if job.wal and job.spool.exists():
+        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+    state.record({"job": job.key, "kind": "restore", "start": began, "end": time.time(), "snapshot": done.snapshot.id})
+    state.save(jobs(places))
+    if args.release_kept:
+        say(f"{job.key}: in place")
+        return release(kept)
+    say(f"{job.key}: in place. What was there is kept as {kept}, until: make restore RELEASE={kept}")
+    return 0
+
+
+def summary(done: Restored) -> dict[str, Any]:
+    return {key: value for key, value in done.found.items() if key != "problems"}
+
+
+def release(name: str) -> int:
+    """Removes a kept volume, and no other."""
+    (found,) = inspect("volume", name)
+    if KEPT not in (found.get("Labels") or {}):
+        raise BackupError(f"{name} is not a volume that a restore has kept: it stays")
+    ask(["docker", "volume", "rm", name], START_ENGINE)
+    say(f"{name}: removed")
+    return 0
+
+
+def searched(job: Job, args: argparse.Namespace) -> int:
+    """Lists files of a snapshot, or brings one back."""
+    repository = source(job, args.target)
+    snapshot, _ = chosen(job, repository, args.at)
+    if args.file:
+        target = Path(args.to or ".") / Path(args.file).name
+        with target.open("xb") as file:
+            done = subprocess.run(
+                repository.dump(snapshot.id, args.file),
+                env=repository.environment,
+                stdout=file,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        if done.returncode:
+            target.unlink()
+            raise repository.error("dump", done.stderr.decode(errors="replace"))
+        say(f"{target}: {target.stat().st_size} bytes of snapshot {snapshot.id[:8]}")
+        return 0
+    for path in repository.files(snapshot.id):
+        if Path(path).match(args.find):
+            say(f"{snapshot.id[:8]}  {path}")
+    return 0

@@ -1,0 +1,588 @@
+"""Backups without a database: when a job is due, what alarms, what a restore refuses, what the settings refuse.
+That data comes back is shown on a deployment (tests/e2e/test_backup.py)."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from host import backup, engines, restic, restore
+from host.backup import Job, State
+from host.machine import Places
+from host.restic import BackupError, Repository, Snapshot
+from settings.backup import Backup, BackupSettings, BucketTarget, parse_span
+from settings.errors import SettingsError
+
+DAY = 86400.0
+NOW = 1_800_000_000.0
+
+
+def job(places: Places = Places(), **declared: Any) -> Job:  # noqa: B008 - frozen
+    settings = {"volume": "prod-db-data", "service": "db", "engine": "postgres", "schedule": DAY, "at": None} | declared
+    return Job("prod", "db-data", settings, {}, NOW - DAY, 8 * DAY, 7 * DAY, places)
+
+
+def fine(**known: Any) -> dict[str, Any]:
+    """What is known of a job that ran an hour ago and was verified."""
+    return {"failures": 0, "last_success": NOW - 3600, "last_verified": NOW - 3600, "wal_at": NOW - 60} | known
+
+
+# --- when
+
+
+def test_a_job_that_never_ran_is_due_at_once() -> None:
+    assert backup.due_at(job(), {"failures": 0}) == 0
+
+
+def test_a_job_is_due_a_period_after_the_last_a_little_early_and_always_by_the_same() -> None:
+    due = backup.due_at(job(), fine())
+    assert NOW - 3600 + 0.9 * DAY <= due <= NOW - 3600 + DAY
+    assert due == backup.due_at(job(), fine())
+
+
+@pytest.mark.parametrize("hour", [0, 3, 12, 23])
+def test_a_time_of_the_day_is_kept_whatever_the_last_run_took(hour: int) -> None:
+    daily = job(at=hour * 60 + 30)
+    due = datetime.fromtimestamp(backup.due_at(daily, fine()))
+    assert (due.hour, due.minute) == (hour, 30)
+    assert 0.5 * DAY <= due.timestamp() - (NOW - 3600) <= 1.5 * DAY
+
+
+@pytest.mark.parametrize(("failures", "pause"), [(1, 60), (2, 120), (5, 960), (50, 3600)])
+def test_a_job_that_failed_is_tried_again_with_growing_pauses(failures: int, pause: float) -> None:
+    assert backup.due_at(job(), fine(failures=failures, last_attempt=NOW)) == NOW + pause
+
+
+def test_a_gap_makes_a_new_backup_due_at_once() -> None:
+    assert backup.due_at(job(), fine(wanted=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "due"),
+    [
+        ({"failures": 0}, float("inf")),
+        ({"last_success": NOW}, NOW + backup.DRILL_AFTER),
+        ({"last_success": NOW, "last_verified": NOW}, NOW + 7 * DAY),
+        ({"last_success": NOW, "drill_error": "x", "drill_at": NOW}, NOW + backup.LONGEST_PAUSE),
+    ],
+    ids=["nothing to restore", "an hour after the first", "a week after the last", "an hour after one that failed"],
+)
+def test_when_a_job_is_drilled(known: Mapping[str, Any], due: float) -> None:
+    assert backup.drill_due_at(job(), known) == due
+
+
+# --- alarms
+
+
+def alarms(one: Job, known: Mapping[str, Any]) -> set[str]:
+    return {what for what, _ in backup.alarms(one, known, NOW)}
+
+
+def test_a_job_that_runs_and_is_verified_alarms_nobody() -> None:
+    assert alarms(job(), fine()) == set()
+
+
+@pytest.mark.parametrize(
+    ("known", "alarm"),
+    [
+        ({"last_success": NOW - 1.6 * DAY}, "overdue"),
+        ({"failures": 2, "error": "full"}, "failed"),
+        ({"shrunk": "from 9 to 1 bytes"}, "shrunk"),
+        ({"gap": "WAL is missing"}, "gap"),
+        ({"wal_error": "no space"}, "WAL failed"),
+        ({"wal_at": NOW - 3600}, "WAL overdue"),
+        ({"last_verified": NOW - 8.1 * DAY}, "not verified"),
+        ({"drill_error": "lost a table"}, "drill failed"),
+        ({"last_success": NOW + 3600}, "clock"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_somebody_has_to_look_at(known: dict[str, Any], alarm: str) -> None:
+    assert alarms(job(), fine(**known)) == {alarm}
+
+
+def test_a_job_that_was_never_scheduled_is_overdue_and_not_verified_in_time() -> None:
+    """No run has left a word: the time of its declaration counts."""
+    forgotten = replace(job(), since=NOW - 9 * DAY)
+    assert alarms(forgotten, {"failures": 0}) == {"overdue", "not verified", "WAL overdue"}
+    assert alarms(replace(forgotten, since=NOW - 60), {"failures": 0}) == set()
+
+
+def declared(places: Places, **changed: Any) -> None:
+    one = {"volume": "v", "service": "db", "engine": "files", "schedule": 60, "at": None, "targets": {}, **changed}
+    file = places.declared / "backup/dev.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    document = {"password": "p", "verified_within": 100, "drill": 50, "jobs": {"data": one}}
+    file.write_text(json.dumps(document))
+
+
+def test_alarms_come_from_what_is_declared_and_what_is_known(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    assert list(backup.alarming(places)) == []
+    os.utime(places.declared / "backup/dev.json", (0, 0))
+    assert {what for _, what, _ in backup.alarming(places)} == {"overdue", "not verified"}
+
+
+def test_when_each_volume_was_verified_is_told_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    words = argparse.ArgumentParser()
+    backup.add_arguments(words)
+    for expected in (None, NOW):
+        assert backup.run(words.parse_args(["--verified"]), places) == 0
+        assert json.loads(capsys.readouterr().out) == {"v": expected}
+        state = State(places)
+        state.of(*backup.jobs(places))["last_verified"] = NOW
+        state.save([])
+
+
+def test_a_job_without_a_target_fails_loudly_and_is_recorded(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    (one,) = backup.jobs(places)
+    state, said = State(places), list[str]()
+    assert not backup.back_up(one, state, said.append, hurry=True)
+    state.save([one])
+    assert "no target" in said[-1]
+    assert State(places).of(one)["failures"] == 1
+    (record,) = map(json.loads, (places.state / "backup/records.jsonl").read_text().splitlines())
+    assert record["kind"] == "backup"
+    assert "no target" in record["error"]
+    assert (
+        'bulkhead_backup_failures{environment="dev",job="data"} 1' in (places.state / "metrics/backup.prom").read_text()
+    )
+
+
+def test_a_job_is_called_by_its_volume_or_its_service_and_another_name_is_an_error(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    for name in ("data", "v", "db"):
+        assert [one.name for one in backup.jobs(places, ["dev"], [name])] == ["data"]
+    with pytest.raises(BackupError, match="dev/data"):
+        backup.jobs(places, ["dev"], ["other"])
+
+
+def test_the_second_run_is_told_who_is_at_it(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    with backup.alone(places, "drill") as first, backup.alone(places, "backup") as second:
+        assert (first, second) == (True, False)
+        assert f"drill, process {os.getpid()}" in backup.holder(places)
+    with backup.alone(places, "backup") as again:
+        assert again
+
+
+def test_a_run_that_goes_on_is_ended_and_waited_for(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    assert backup.stop(places) == 0
+    program = (
+        "import signal, sys, time; from pathlib import Path; from host import backup; from host.machine import Places\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "with backup.alone(Places(Path(sys.argv[1])), 'drill'): print('up', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        assert backup.stop(places) == 0
+        assert child.wait(timeout=30) == 143
+
+
+def test_an_environment_whose_data_is_yet_to_come_is_not_backed_up_by_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    file = places.declared / "backup/dev.json"
+    due = argparse.ArgumentParser()
+    backup.add_arguments(due)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"held": True}))
+    assert backup.run(due.parse_args(["--due"]), places) == 0
+    assert capsys.readouterr().out == ""
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"held": False}))
+    assert backup.run(due.parse_args(["--due"]), places) == 1
+    assert "no target" in capsys.readouterr().out
+
+
+def test_what_is_stored_beside_the_backups_comes_back_and_the_newest_ten_are_kept(
+    real: Repository, tmp_path: Path
+) -> None:
+    places = Places(tmp_path)
+    one = replace(job(places), repositories={"disk": real})
+    for number in range(11):
+        assert backup.stored([one], "deployer", f"state {number}".encode(), places) == 0
+    found = real.snapshots("job:deployer", "kind:state")
+    assert len(found) == 10
+    command = real.dump(found[-1].id, "/deployer.tar.gz")
+    assert subprocess.run(command, env=real.environment, capture_output=True, check=True).stdout == b"state 10"
+
+
+# --- PostgreSQL's WAL
+
+
+@pytest.mark.parametrize(
+    ("segment", "after"),
+    [
+        ("000000010000000000000001", "000000010000000000000002"),
+        ("0000000100000000000000FF", "000000010000000100000000"),
+        ("00000002000000FE000000FF", "00000002000000FF00000000"),
+    ],
+)
+def test_the_segment_after_a_segment(segment: str, after: str) -> None:
+    assert engines.following(segment) == after
+
+
+def test_a_file_is_copied_once_and_again_when_it_was_written_to(tmp_path: Path) -> None:
+    source, target = tmp_path / "wal", tmp_path / "copy"
+    source.write_bytes(b"one")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert engines.copied_from(folder, "wal", target) == 1
+        assert engines.copied_from(folder, "wal", target) == 0
+        source.write_bytes(b"two")
+        os.utime(source, ns=(1, 1))
+        assert engines.copied_from(folder, "wal", target) == 1
+        assert target.read_bytes() == b"two"
+    finally:
+        os.close(folder)
+
+
+def test_no_link_in_a_volume_leads_root_to_a_file_of_the_host(tmp_path: Path) -> None:
+    volume, secret = tmp_path / "volume", tmp_path / "secret"
+    (volume / "15").mkdir(parents=True)
+    secret.mkdir()
+    (volume / "15/pg_wal").symlink_to(secret)
+    with pytest.raises(BackupError, match="a link is in its path"), engines.opened(volume, volume / "15/pg_wal"):
+        pass
+    (volume / "15/pg_wal").unlink()
+    (volume / "15/pg_wal").mkdir()
+    (volume / "15/pg_wal/000000010000000000000001").symlink_to("/etc/hostname")
+    with engines.opened(volume, volume / "15/pg_wal") as folder, pytest.raises(OSError, match="symbolic links"):
+        engines.copied_from(folder, "000000010000000000000001", tmp_path / "copy")
+
+
+def test_redis_keys_are_those_of_all_databases() -> None:
+    told = "# Keyspace\r\ndb0:keys=12,expires=3,avg_ttl=0\r\ndb3:keys=1,expires=0,avg_ttl=0\r\n"
+    assert engines.keys(told) == {"keys": 13, "expires": 3}
+    assert engines.keys("# Keyspace\r\n") == {"keys": 0, "expires": 0}
+
+
+# --- what a restore chooses and refuses
+
+
+class Listed(Repository):
+    """A repository that lists what it is given."""
+
+    found: list[Snapshot]
+
+    def snapshots(self, *tags: str) -> list[Snapshot]:
+        return [one for one in self.found if f"kind:{one.kind}" in tags]
+
+
+def repository(*found: Snapshot) -> Listed:
+    made = Listed("/srv/backup/prod", "key", Path("/nowhere"))
+    object.__setattr__(made, "found", list(found))
+    return made
+
+
+def snapshot(name: str, at: float, kind: str = "base") -> Snapshot:
+    return Snapshot(name * 8, datetime.fromtimestamp(at, UTC), kind, (), {"at": at})
+
+
+def test_a_time_takes_the_backup_before_it_and_wal_that_goes_beyond_it() -> None:
+    kept = repository(
+        snapshot("aaaa", NOW), snapshot("bbbb", NOW + 100), *(snapshot("c", NOW + one, "wal") for one in (50, 150, 200))
+    )
+    at = datetime.fromtimestamp(NOW + 120, UTC).isoformat()
+    found, until = restore.chosen(job(), kept, at)
+    assert found.facts["at"] == NOW + 100
+    assert until == NOW + 120
+    wal = restore.wal_for(job(), kept, until)
+    assert wal is not None
+    assert wal.facts["at"] == NOW + 150
+    latest, until = restore.chosen(job(), kept, "latest")
+    assert (latest.facts["at"], until) == (NOW + 100, None)
+    by_name, until = restore.chosen(job(), kept, "aaaa")
+    assert (by_name.facts["at"], until) == (NOW, None)
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [("yesterday", "neither a time"), ("2001-01-01", "before the oldest"), ("ffff", "neither a time")],
+)
+def test_what_cannot_be_restored_is_said_with_what_can(at: str, said: str) -> None:
+    with pytest.raises(BackupError, match=said):
+        restore.chosen(job(), repository(snapshot("aaaa", NOW)), at)
+
+
+def test_without_any_snapshot_the_next_step_is_a_backup() -> None:
+    with pytest.raises(BackupError, match="make backup"):
+        restore.chosen(job(), repository(), "latest")
+
+
+def test_a_table_that_came_back_smaller_or_not_at_all_is_lost() -> None:
+    before = {"shop.orders": 1000, "shop.items": 5, "shop.big": None, "shop.gone": 1}
+    assert restore.lost(before, {"shop.orders": 990, "shop.items": 5, "shop.big": 0, "shop.gone": 2}) == []
+    found = restore.lost(before, {"shop.orders": 989, "shop.items": 4, "shop.big": 0})
+    assert [line.split(":")[0] for line in found] == ["table shop.orders", "table shop.items", "table shop.gone"]
+
+
+def test_a_restore_that_would_fill_the_disk_is_refused(tmp_path: Path) -> None:
+    restore.need_room(tmp_path / "not/there/yet", 1)
+    with pytest.raises(BackupError, match="GiB are needed"):
+        restore.need_room(tmp_path, 2**60)
+
+
+def test_what_was_written_since_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "mountpoint", lambda _: tmp_path)
+    (tmp_path / "file").write_text("data")
+    os.utime(tmp_path / "file", (NOW, NOW))
+    assert restore.newer(job(), NOW) == ""
+    assert "60 s after" in restore.newer(job(), NOW - 60)
+
+
+# --- restic
+
+
+def test_facts_travel_in_a_tag_that_restic_does_not_split() -> None:
+    facts = {"rows": {"shop.public.orders": 3}, "at": NOW, "argv": ["-c", "a=b,c"]}
+    listed = {"id": "f" * 64, "time": "2026-11-25T10:00:00.123456789Z", "paths": ["/base.tar"]}
+    made = restic._snapshot(listed | {"tags": restic.tags("db-data", "base", facts)})
+    assert (made.kind, made.facts) == ("base", facts)
+    assert all("," not in tag for tag in restic.tags("db-data", "base", facts))
+    assert made.at == datetime(2026, 11, 25, 10, 0, 0, 123456, UTC)
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Repository:
+    """A real repository in a folder."""
+    return Repository(str(tmp_path / "repository"), "key", tmp_path / "cache")
+
+
+def snapshots(one: Repository) -> list[Snapshot]:
+    """Those in a repository, and none where there is no repository."""
+    return one.snapshots() if Path(one.url, "config").exists() else []
+
+
+def test_a_stream_is_saved_and_comes_back(real: Repository) -> None:
+    saved = real.save_stream(["printf", "all of it"], "base.tar", restic.tags("j", "base", {"at": 1}), 30)
+    assert (saved.size, saved.facts) == (9, {"at": 1})
+    done = subprocess.run(real.dump(saved.id, "/base.tar"), env=real.environment, capture_output=True, check=True)
+    assert done.stdout == b"all of it"
+    assert real.size(saved.id) == 9
+
+
+def test_a_lock_of_a_run_that_was_killed_stands_in_nobodys_way(real: Repository, tmp_path: Path) -> None:
+    real.save_stream(["printf", "one"], "base.tar", ["job:j"], 30)
+    run = subprocess.Popen(["restic", "backup", "--stdin"], env=real.environment, stdin=subprocess.PIPE)
+    locks, deadline = tmp_path / "repository/locks", time.monotonic() + 30
+    while not list(locks.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+    assert list(locks.iterdir())
+    real.forget({"last": 1}, "job:j")  # wants the repository for itself
+    assert len(real.snapshots()) == 1
+
+
+def test_half_a_stream_never_becomes_a_snapshot(real: Repository) -> None:
+    """restic itself takes the end of its input for the end of the file."""
+    with pytest.raises(BackupError, match="broken in the middle"):
+        real.save_stream(
+            ["sh", "-c", "printf half; sleep 1; echo broken in the middle >&2; exit 1"], "base.tar", ["job:j"], 30
+        )
+    assert snapshots(real) == []
+
+
+def test_a_command_that_hangs_is_ended_and_leaves_no_snapshot(real: Repository) -> None:
+    began = time.monotonic()
+    with pytest.raises(BackupError, match="did not end within 1 s"):
+        real.save_stream(["sh", "-c", "printf half; exec sleep 60"], "base.tar", ["job:j"], 1)
+    assert time.monotonic() - began < 30
+    assert snapshots(real) == []
+
+
+def test_a_folder_comes_back_and_unchanged_data_adds_next_to_nothing(real: Repository, tmp_path: Path) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep/file").write_bytes(os.urandom(200_000))
+    first = real.save_folder(source, restic.tags("j", "base", {"at": 1}))
+    second = real.save_folder(source, restic.tags("j", "base", {"at": 2}))
+    assert first.added >= 200_000
+    assert second.added < 10_000
+    there.mkdir()
+    real.restore(second.id, there)
+    assert (there / "deep/file").read_bytes() == (source / "deep/file").read_bytes()
+    assert list(real.files(second.id)) == ["/deep/file"]
+
+
+def test_another_key_opens_nothing_and_the_error_says_what_to_do(real: Repository) -> None:
+    real.save_stream(["printf", "one"], "base.tar", ["job:j"], 30)
+    with pytest.raises(BackupError, match=r"lost-key\.md"):
+        replace(real, password="another").snapshots()
+
+
+def test_flipped_bytes_are_found(real: Repository, tmp_path: Path) -> None:
+    real.save_stream(["head", "-c", "100000", "/dev/zero"], "base.tar", ["job:j"], 30)
+    real.check()
+    for pack in (tmp_path / "repository/data").rglob("*"):
+        if pack.is_file():
+            content = bytearray(pack.read_bytes())
+            content[10] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(content)
+    with pytest.raises(BackupError, match="restic check"):
+        real.check()
+
+
+def test_only_the_newest_are_kept(real: Repository) -> None:
+    for number in range(4):
+        real.save_stream(["printf", str(number)], "base.tar", ["job:j", "kind:base"], 30)
+    real.forget({"last": 2, "daily": None}, "job:j", "kind:base")
+    assert len(real.snapshots("job:j")) == 2
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [("daily", 86400), ("hourly", 3600), ("15m", 900), ("6 h", 21600), ("2w", 1209600)]
+)
+def test_spans_of_time(written: str, seconds: int) -> None:
+    assert parse_span(written) == seconds
+
+
+@pytest.mark.parametrize("written", ["", "0h", "5", "soon", "25:00", 5, None])
+def test_what_is_no_schedule_is_an_error_that_shows_some(written: object) -> None:
+    with pytest.raises(ValidationError, match="daily"):
+        Backup.model_validate({"engine": "files", "schedule": written})
+
+
+def test_a_time_of_the_day_is_a_daily_schedule() -> None:
+    nightly = Backup(engine="files", schedule="03:15")
+    assert (nightly.every, nightly.at) == (86400, 195)
+    assert Backup(engine="files", schedule="6h").at is None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"engine": "redis", "mode": "dump"},
+        {"engine": "files", "database": "shop"},
+        {"engine": "postgres", "before": "sync"},
+        {"engine": "postgres", "retain": {"daily": 0}},
+        {"engine": "mysql"},
+        {"engine": "files", "taget": "x"},
+    ],
+    ids=str,
+)
+def test_what_an_engine_does_not_know_is_refused(written: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Backup.model_validate({"schedule": "daily", **written})
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({}, "neither a folder nor a bucket"),
+        ({"path": "relative"}, "path"),
+        ({"endpoint": "http://s3.example.com", "bucket": "acme"}, "in the clear"),
+        ({"endpoint": "s3.example.com", "bucket": "acme"}, "not an endpoint"),
+        ({"endpoint": "https://s3.example.com", "bucket": "Acme"}, "not a bucket's name"),
+    ],
+    ids=str,
+)
+def test_a_target_that_cannot_be_one_is_refused(target: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        BackupSettings.model_validate({"targets": {"offsite": target}})
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"a": {"path": "/srv/backup"}, "b": {"path": "/srv/backup/"}},
+        {"a": {"path": "/srv/backup"}, "b": {"path": "/srv/backup/prod"}},
+        {"a": {"path": "/srv/backup/x"}, "b": {"path": "/srv/other/../backup"}},
+        {"a": {"endpoint": "https://s3", "bucket": "acme"}, "b": {"endpoint": "https://s3/", "bucket": "acme"}},
+        {
+            "a": {"endpoint": "https://s3", "bucket": "acme", "prefix": "one/prod"},
+            "b": {"endpoint": "https://s3", "bucket": "acme", "prefix": "/one/"},
+        },
+    ],
+    ids=["the same folder", "a folder in it", "by another way", "the same bucket", "a prefix in it"],
+)
+def test_no_target_is_inside_another(targets: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="is inside"):
+        BackupSettings.model_validate({"targets": targets})
+
+
+def test_targets_side_by_side_are_two() -> None:
+    bucket = {"endpoint": "https://s3", "bucket": "acme"}
+    targets = {"a": {"path": "/srv/b"}, "b": {"path": "/srv/backup"}, "c": bucket | {"prefix": "x"}}
+    assert len(BackupSettings.model_validate({"targets": targets | {"d": bucket | {"prefix": "xy"}}}).targets) == 4
+
+
+def test_folders_come_before_buckets_and_what_the_host_cannot_delete_it_leaves() -> None:
+    targets = {
+        "a": {"repository": "s3:https://s3/acme/prod", "variables": {"AWS_ACCESS_KEY_ID": "x"}, "append_only": True},
+        "b": {"repository": "/srv/backup/prod", "variables": {}, "append_only": False},
+    }
+    one = {"volume": "v", "service": "db", "engine": "files", "schedule": 60, "targets": targets}
+    document = {"password": "p", "verified_within": 100, "drill": 50, "jobs": {"data": one}}
+    (made,) = backup.told("prod", document, NOW, Places())
+    assert [(one.in_bucket, one.append_only) for one in made.targets] == [(False, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "refused"),
+    [({}, False), ({"dir": "/data/../../etc"}, True), ({"dir": "/etc"}, True), ({"dbfilename": "../x"}, True)],
+    ids=str,
+)
+def test_a_restore_writes_only_into_the_volume_whatever_a_server_says(
+    answers: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = {"dir": "/data", "dbfilename": "dump.rdb", "appendonly": "no", "appendfilename": "a", "appenddirname": "b"}
+    inspected = {"Id": "x", "Mounts": [{"Name": "v", "Destination": "/data"}], "Config": {}}
+
+    def said(_: engines.Redis, *words: str) -> str:
+        return f"name\n{(told | answers)[words[2]]}" if words[0] == "config" else "redis_version:7.0.1 \n"
+
+    monkeypatch.setattr(engines.Redis, "said", said)
+    monkeypatch.setattr(engines, "mountpoint", lambda _: tmp_path)
+    server = engines.Redis(engines.Container(inspected))
+    if refused:
+        with pytest.raises(BackupError, match="not in volume v"):
+            server.facts("v")
+    else:
+        assert server.facts("v")["inside"] == "."
+
+
+def test_each_environment_has_a_repository_of_its_own() -> None:
+    bucket = BucketTarget(endpoint="https://s3.example.com", bucket="acme", prefix="/box/one/")
+    assert bucket.repository("prod") == "s3:https://s3.example.com/acme/box/one/prod"
+    folder = BackupSettings.model_validate({"targets": {"disk": {"path": "/srv/backup/"}}}).targets["disk"]
+    assert folder.repository("dev") == "/srv/backup/dev"
+
+
+def test_an_error_of_the_settings_names_file_and_key(tmp_path: Path) -> None:
+    from settings.ledger import LedgerSettings
+
+    ledger = tmp_path / "Pulumi.host.yaml"
+    ledger.write_text(
+        "config:\n"
+        "  bulkhead:environments: {prod: {tier: protected, subnet: 10.81.0.0/16}}\n"
+        "  bulkhead:backup: {targets: {offsite: {endpoint: 'http://s3.example.com', bucket: acme}}}\n"
+    )
+    with pytest.raises(SettingsError) as error:
+        LedgerSettings.read(ledger)
+    assert "Pulumi.host.yaml" in str(error.value)
+    assert "in the clear" in str(error.value)
