@@ -19,7 +19,7 @@ from cli import deploy, order
 from cli.agent import Agent
 from cli.order import HOST, Stacks
 from cli.pulumi import Pulumi, PulumiError, backend_folder
-from settings.ledger import LedgerSettings, Tier
+from settings.ledger import Tier
 
 STATE = "deployer"
 """What its snapshots are called, beside those of prod's volumes."""
@@ -90,28 +90,45 @@ def recover(root: Path, source: str, environment: str, key: str, console: Consol
         pulumi.capture("stack", "rm", HOST, "--force", "--yes", "--preserve-config")
     stacks = order.read(root)
     pack = deploy.policy_pack(root, os.environ)
+    # First, since the environments' states refer to its outputs.
+    if code := deploy.up(pulumi, order.read(root, [HOST]), pack, agent, console, held=True):
+        return code
     for name in stacks.environments:
         if pulumi.run("refresh", "--yes", "--stack", name):
             raise PulumiError(
                 f"{name}: its state could not be compared with the engine. Next step: see the error above"
             )
-    if code := deploy.up(pulumi, stacks, pack, agent, console, held=True):
-        return code
-    for name in stacks.environments:
-        jobs = pulumi.secret(name, deploy.JOBS)
-        for volume, job in jobs["jobs"].items() if jobs else ():
-            console.rule(f"{name}/{volume}", align="left")
-            target = held_in(job, f"{source.rstrip('/')}/{name}")
-            if target is None:
-                console.print(f"{name}/{volume}: it is not backed up to {source}, so it stays empty", style="yellow")
-                continue
-            options = ("--environment", name, "--job", volume, "--target", target)
-            if agent.show("restore", *options, "--yes", "--lose-newer", "--release-kept"):
-                return 1
-        agent.entrust(name, jobs)
-    ledger = LedgerSettings.read(root / "Pulumi.host.yaml")
-    console.print(f"Recovered: {', '.join(sorted(ledger.environments))}. Next step: make verify", highlight=False)
+    # What must be there comes back first: nothing that is wrong with another environment is in its way.
+    failed = []
+    for tier in (Tier.PROTECTED, Tier.BEST_EFFORT):
+        names = [name for name in stacks.environments if stacks.tiers[name] is tier]
+        if names and deploy.up(pulumi, order.read(root, names), pack, agent, console, held=True):
+            failed += names
+            continue
+        for name in names:
+            if not restored(pulumi, agent, name, source, console):
+                failed.append(name)
+    if failed:
+        console.print(f"Not recovered: {', '.join(failed)}. See the errors above", style="red", highlight=False)
+        return 1
+    console.print(f"Recovered: {', '.join(stacks.environments)}. Next step: make verify", highlight=False)
     return 0
+
+
+def restored(pulumi: Pulumi, agent: Agent, name: str, source: str, console: Console) -> bool:
+    """Whether all volumes of an environment that are in `source` are back; from then on they are backed up again."""
+    jobs = pulumi.secret(name, deploy.JOBS)
+    for volume, job in jobs["jobs"].items() if jobs else ():
+        console.rule(f"{name}/{volume}", align="left")
+        target = held_in(job, f"{source.rstrip('/')}/{name}")
+        if target is None:
+            console.print(f"{name}/{volume}: it is not backed up to {source}, so it stays empty", style="yellow")
+            continue
+        options = ("--environment", name, "--job", volume, "--target", target)
+        if agent.show("restore", *options, "--yes", "--lose-newer", "--release-kept"):
+            return False
+    agent.entrust(name, jobs)
+    return True
 
 
 def held_in(job: Mapping[str, Any], repository: str) -> str | None:

@@ -73,6 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 VOLUMES = ("db-data", "cache-data")
+OVERLAY, MASK_FILE = "disk.yaml", "examples/shop/mask.sql"
 MASK = "update people set name = 'person ' || id;\n"
 
 
@@ -144,9 +145,9 @@ def in_bucket(made: Deployment, s3: Server) -> None:
     ledger.write_text(yaml.safe_dump(document, sort_keys=False))
     volumes = {name: {"x-bulkhead": {"backup": {"target": "disk"}}} for name in VOLUMES}
     volumes["db-data"]["x-bulkhead"]["refresh"] = {"environment": PROD, "mask": "mask.sql"}
-    (made.folder / "disk.yaml").write_text(yaml.safe_dump({"volumes": volumes}))
-    (made.folder / "examples/shop/mask.sql").write_text(MASK)
-    made.settings(DEV, compose=["examples/shop/compose.yaml", "examples/shop/compose.dev.yaml", "disk.yaml"])
+    (made.folder / OVERLAY).write_text(yaml.safe_dump({"volumes": volumes}))
+    (made.folder / MASK_FILE).write_text(MASK)
+    made.settings(DEV, compose=["examples/shop/compose.yaml", "examples/shop/compose.dev.yaml", OVERLAY])
     key = secrets.token_hex(16)
     wanted = {"key": key, "offsite_key_id": writer.access, "offsite_secret_key": writer.secret}
     for name, value in wanted.items():
