@@ -110,7 +110,7 @@ diagram: ## A picture of the deployed environments, networks and budgets: make d
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "not vm and not interference" --numprocesses=2 --dist=loadgroup $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not vm and not interference" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
 
 test-slow: ## Tests that boot a virtual machine or run the interference benchmark, which make test leaves out
 	@$(SETUP) test

@@ -53,23 +53,14 @@ LEDGER: dict[str, Any] = {
 LIVE = ("test_prove.py", "test_verify.py", "test_backup.py", "test_faults.py", "test_recover.py")
 """Modules that need a deployment with all its environments, and leave it as they find it; in the order they run in."""
 
-APART = ("test_corpus.py", "test_bucket.py")
-"""Modules that deploy nothing."""
 
-
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups here
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs LIVE modules last, so that nothing else is deployed while `live` is there.
 
-    What deploys is one group, what does not another: with several processes (`-n`), there is one deployment at a time
-    all the same. Nothing before LIVE stops the engine, which the corpus asks.
+    Nothing before LIVE stops the engine, which the corpus asks.
     """
-    folder = Path(__file__).parent
-    order = {folder / name: number for number, name in enumerate(LIVE)}
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LIVE)}
     items.sort(key=lambda item: order.get(item.path, -1))
-    for item in items:
-        if item.path.parent == folder:
-            item.add_marker(pytest.mark.xdist_group("apart" if item.path.name in APART else "engine"))
 
 
 VOLUMES = ("db-data", "cache-data")

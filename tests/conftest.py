@@ -1,0 +1,27 @@
+"""How the suite is shared out among processes (`-n`): there is one Docker engine, so one process deploys to it."""
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+E2E = "tests/e2e/"
+APART = ("test_corpus.py", "test_bucket.py")
+"""End-to-end modules that deploy nothing."""
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typed
+    """All that deploys goes to one process, in its order; what does not, module by module, to whichever is free.
+
+    By marker (`--dist=loadgroup`) it cannot be said: xdist 3.8 writes groups where pytest 9 does not look for them.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return E2E if module.startswith(E2E) and not module.endswith(APART) else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """What shares the tests out."""
+    return Scheduling(config, log)
