@@ -205,6 +205,12 @@ def test_the_host_only_adds_to_the_bucket_and_the_pruner_lets_go(live: Deploymen
     own = {"AWS_ACCESS_KEY_ID": pruner.access, "AWS_SECRET_ACCESS_KEY": pruner.secret}
     assert "snapshots before" in live.done("prune", PROD, **own)
     assert bases("offsite") == 2
+    # What was let go of is still there as older versions, for as long as the lifecycle keeps them.
+    assert "objects brought back" in live.done("bucket", PROD, args="--bring-back", **s3.variables)
+    assert bases("offsite") == before
+    live.done("prune", PROD, **own)
+    policies = live.done("bucket", PROD, args="--policies")
+    assert all(f'"{role}": {{' in policies for role in ("writer", "pruner", "restorer"))
 
 
 def test_a_drill_restores_all_of_prod_checks_it_and_leaves_nothing(

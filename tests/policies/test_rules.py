@@ -525,8 +525,10 @@ HARMLESS = {
     ids=["nobody asked", "nothing was answered", "nothing is known", "no JSON", "no object", "no time"],
 )
 def test_without_an_answer_of_the_host_nothing_is_said_and_a_broken_one_is_a_warning(
-    told: str | None, warned: bool, ledger: Path
+    told: str | None, warned: bool, tmp_path: Path
 ) -> None:
+    ledger = tmp_path / "Pulumi.host.yaml"
+    ledger.write_text(LEDGER)
     server: Any = Server([BY_ID["backup-verified"]], World.of(ledger, told))
     job = component("BackupJob", "job", volume="prod-data")
     answer = server.Analyze(as_input(job, {"job": harness_urn("prod", job)}), None)

@@ -41,6 +41,7 @@ def environment(name: str, tier: str, budget: dict[str, Any], octet: int, port: 
             f"{name}-backend": {"subnet": f"10.{octet}.44.0/24", "internal": True, "external": False},
             f"{name}-frontend": {"subnet": f"10.{octet}.7.0/24", "internal": False, "external": False},
         },
+        "backups": {},
         "volumes": [f"{name}-cache-data", f"{name}-db-data"],
         "services": {
             key: service(f"{name}-{key}", 2 if key == "api" and name == "prod" else 1)
