@@ -110,11 +110,11 @@ diagram: ## A picture of the deployed environments, networks and budgets: make d
 
 test: lint test-engine ## All tests: unit, policies and end to end on the real engine
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "not vm and not interference" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not vm and not interference and not slow" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: ## Tests that boot a virtual machine or run the interference benchmark, which make test leaves out
+test-slow: ## What make test leaves out: a virtual machine, the interference benchmark, the loss of a whole host
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "vm or interference" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "vm or interference or slow" $(ARGS)
 
 test-engine: ## Vet and test the Go parts of the engine
 	@$(SETUP) test

@@ -15,8 +15,10 @@ LABEL = "bulkhead.environment"
 
 
 def isolated(state: Path) -> dict[str, str]:
-    """This process's variables without the user's choices for Pulumi and Bulkhead, and with a state of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PULUMI_", "BULKHEAD_"))}
+    """This process's variables without the user's choices for Pulumi and Bulkhead, and for the `make` that runs this
+    (its ARGS are not those of another); with a state of its own."""
+    chosen = ("PULUMI_", "BULKHEAD_", "MAKE", "MFLAGS", "ARGS", "ENV")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     return kept | {"XDG_STATE_HOME": str(state), "CI": "true"}
 
 

@@ -2,6 +2,7 @@
 Bad ones are refused for the one rule that they break, legitimate ones pass, and documented Compose files do what
 world.yaml says. The exit code, the printed violations and the recorded verdicts have to agree."""
 
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ def previews(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Seen]]]:
     """The previews of the cases that this run asks for, under way."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.nice(10)  # this process and what it starts: what deploys, in another one, has limits of time
     names = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     chosen = [CASES[name] for name in names if name in CASES]
     images = {image for case in chosen for image in case.images}

@@ -18,7 +18,7 @@ from tests.e2e.test_backup import redis, sql
 from tests.e2e.test_deployment import eventually, healthy, http
 from tests.s3 import Server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # a host is destroyed and built anew: five minutes
 
 CHECKSUM = "select count(*), md5(string_agg(o::text, ',' order by id)) from orders o"
 
