@@ -112,7 +112,7 @@ test: lint test-engine ## All tests: unit, policies and end to end on the real e
 	@$(SETUP) test
 	@$(PYTHON) -m pytest tests -m "not vm and not interference and not slow" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: ## What make test leaves out: a virtual machine, the interference benchmark, the loss of a whole host
+test-slow: ## What make test leaves out: a virtual machine, the benchmarks, the loss of a whole host
 	@$(SETUP) test
 	@$(PYTHON) -m pytest tests -m "vm or interference or slow" $(ARGS)
 

@@ -15,7 +15,7 @@ import pytest
 from tests.bench.arms import ENVIRONMENT, LABELS
 from tests.deployed import CHECKOUT, groups, labelled
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # runs the benchmark itself: more than three minutes
 
 ARMS = {"bulkhead", "plain", "compose", "gated"}
 PHASES = {"fresh", "no-op", "destroy"}
