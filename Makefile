@@ -16,7 +16,7 @@ KEY ?=
 .NOTPARALLEL:
 .PHONY: help setup bootstrap up preview report drift down verify prove firewall backup restore drill refresh-dev prune recover bucket plan doctor pulumi test test-slow test-engine \
 	mutate lint lint-workflows format \
-	bench bench-interference bench-backup diagram engine-start engine-stop clean
+	bench bench-interference diagram engine-start engine-stop clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,10 +99,6 @@ doctor: ## What is there and what is not, line by line; installs nothing
 pulumi: ## Pulumi itself in this project: make pulumi ARGS='stack output --stack prod'
 	@$(SETUP) preview
 	@$(CLI) pulumi $(ARGS)
-
-bench-backup: ## What a backup costs prod's clients, and its speed beside pg_basebackup and restic alone: half an hour
-	@$(SETUP) test
-	@$(PYTHON) -m bench.backup $(ARGS)
 
 diagram: ## A picture of the deployed environments, networks and budgets: make diagram ARGS=picture.svg
 	@$(SETUP) diagram
