@@ -25,6 +25,8 @@ LOOKS = (
     f"elif [ -e {PROGRAM} ]; then\n  python3 {PROGRAM} watch --start\nfi\n"
 )
 """Starts what looks regularly, where it has been stopped: Pulumi sees no change that would make it do so."""
+DEPLOYED = f"[ -e {PROGRAM} ] || {{ echo 'the host stack is not deployed there. Next step: make up' >&2; exit 2; }}\n"
+"""Ends a script where there is no agent."""
 STACKS = "/etc/bulkhead/stacks"
 BACKUPS = "/etc/bulkhead/backup"
 MARKS = "/run/bulkhead/deploying"
@@ -93,10 +95,7 @@ class Agent:
 
     def show(self, verb: str, *options: str) -> int:
         """Runs a verb and shows what it says as it comes. Its exit code."""
-        missing = "echo 'the host stack is not deployed there. Next step: make up' >&2; exit 2"
-        script = (
-            f"[ -e {PROGRAM} ] || {{ {missing}; }}\nexec {shlex.join(['python3', '-u', PROGRAM, verb, *options])}\n"
-        )
+        script = f"{DEPLOYED}exec {shlex.join(['python3', '-u', PROGRAM, verb, *options])}\n"
         try:
             return onhost.shown(self._address, script)
         except OSError as error:
@@ -115,8 +114,7 @@ class Agent:
     def run(self, verb: str, *options: str) -> tuple[int, dict[str, Any]]:
         """Exit code and result of a verb. PulumiError where it could not do its work."""
         words = shlex.join(["python3", PROGRAM, verb, "--json", *options])
-        missing = "echo 'the host stack is not deployed there. Next step: make up' >&2; exit 2"
-        done = self._ran(f"[ -e {PROGRAM} ] || {{ {missing}; }}\n{words}\n")
+        done = self._ran(f"{DEPLOYED}{words}\n")
         try:
             return done.returncode, dict(json.loads(done.stdout))
         except ValueError:

@@ -13,6 +13,7 @@ from rich.console import Console
 from cli import agent, backups, bootstrap, bucket, deploy, diagram, doctor, order, plan, report
 from cli import recover as recovery
 from cli.pulumi import Pulumi, PulumiError
+from settings.ledger import Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / ".bulkhead" / "report"
@@ -31,12 +32,13 @@ Environments = Annotated[
 ]
 
 
-def judged() -> Pulumi:
-    """Pulumi, with what the host knows of its backups for the policies to judge."""
+def judged(stacks: order.Stacks) -> Pulumi:
+    """Pulumi, with what the host knows of its backups for the policies to judge, which they do of protected ones."""
     pulumi = Pulumi.of(ROOT)
-    with console.status("asking the host about its backups"):
-        verified = agent.Agent.of(ROOT).verified()
-    pulumi.variables = {**pulumi.variables, **({"BULKHEAD_VERIFIED": verified} if verified else {})}
+    if Tier.PROTECTED in {stacks.tiers.get(name) for name in stacks.environments}:
+        with console.status("asking the host about its backups"):
+            verified = agent.Agent.of(ROOT).verified()
+        pulumi.variables = {**pulumi.variables, **({"BULKHEAD_VERIFIED": verified} if verified else {})}
     return pulumi
 
 
@@ -45,7 +47,7 @@ def up(environments: Environments = None) -> None:
     """Deploy what differs: host first, then protected environments, then the others."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    pulumi, host = judged(), agent.Agent.of(ROOT)
+    pulumi, host = judged(stacks), agent.Agent.of(ROOT)
     code = deploy.up(pulumi, stacks, pack, host, console)
     recovery.store(pulumi, host, stacks, console)  # also after a failure: the state has changed
     raise typer.Exit(code)
@@ -59,7 +61,7 @@ def preview(
     """Show what would change, through the policies. Fails if a stack's preview does."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(deploy.preview(judged(), stacks, pack, console, drift=drift))
+    raise typer.Exit(deploy.preview(judged(stacks), stacks, pack, console, drift=drift))
 
 
 @app.command(name="report")
@@ -70,7 +72,7 @@ def write_report(
     """Every verdict of the policies as text, JSON, JUnit and SARIF. Fails on a violation or a failed preview."""
     stacks = order.read(ROOT, environments or ())
     pack = deploy.policy_pack(ROOT, os.environ)
-    raise typer.Exit(report.write(judged(), stacks, pack, output, console))
+    raise typer.Exit(report.write(judged(stacks), stacks, pack, output, console))
 
 
 @app.command()

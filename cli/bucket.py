@@ -2,7 +2,8 @@
 host/bucket.py does it; it is loaded only here, since it needs boto3."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -72,29 +73,31 @@ def ensure(
     from host import bucket
 
     given = grants(principals)
-    try:
-        with console.status(f"looking at {target.bucket}"):
-            features = bucket.ensure(
-                target, environment, credentials(variables), compliance=compliance, principals=given
-            )
-            features.append(repository(target, environment, variables, key))
-    except Undecided as error:
-        raise SettingsError(file="", key=f"bucket {target.bucket}", problem=str(error), remedy="") from None
+    with asking(target, "looking at", console):
+        features = bucket.ensure(target, environment, credentials(variables), compliance=compliance, principals=given)
+        features.append(repository(target, environment, variables, key))
     console.print(table(features))
     changed = sum(one.state is bucket.State.SET for one in features)
     console.print(f"{changed} of {len(features)} changed." if changed else "Nothing changed.", highlight=False)
     return int(any(one.lacking for one in features))
 
 
+@contextmanager
+def asking(target: BucketTarget, doing: str, console: Console) -> Iterator[None]:
+    """Says what is going on; what the endpoint does not decide is an error that names the bucket."""
+    try:
+        with console.status(f"{doing} {target.bucket}"):
+            yield
+    except Undecided as error:
+        raise SettingsError(file="", key=f"bucket {target.bucket}", problem=str(error), remedy="") from None
+
+
 def bring_back(target: BucketTarget, environment: str, variables: Mapping[str, str], console: Console) -> int:
     """Undoes what was deleted or overwritten in an environment's repository; see docs/runbooks/ransomware.md."""
     from host import bucket
 
-    try:
-        with console.status(f"reading the versions in {target.bucket}"):
-            done = bucket.brought_back(target, environment, credentials(variables))
-    except Undecided as error:
-        raise SettingsError(file="", key=f"bucket {target.bucket}", problem=str(error), remedy="") from None
+    with asking(target, "reading the versions in", console):
+        done = bucket.brought_back(target, environment, credentials(variables))
     console.print(
         f"{done.brought_back} objects brought back, {done.hidden} that restic did not write hidden, {done.kept} left "
         f"alone. Next step: new credentials for {environment}, then make drill ENV={environment}",

@@ -20,18 +20,20 @@ def run(
     `stdin`: what the script finds on its standard input, which is empty otherwise. `timeout` in seconds.
     Raises nothing for a script that fails: see the return code (255 is ssh's own). TimeoutExpired, OSError.
     """
-    url = address(host)
-    command = ssh.command(url, ssh.enter()) if ssh.is_remote(url) else shell(os.geteuid(), Path(ssh.DOOR).exists())
     return subprocess.run(
-        command, input=with_stdin(script, stdin).encode(), capture_output=True, timeout=timeout, check=False
+        _root(host), input=with_stdin(script, stdin).encode(), capture_output=True, timeout=timeout, check=False
     )
 
 
 def shown(host: str | None, script: str) -> int:
     """Runs a script as `run` does, with its output on ours, for as long as it takes. Its exit code."""
+    return subprocess.run(_root(host), input=script.encode(), check=False).returncode
+
+
+def _root(host: str | None) -> list[str]:
+    """What runs a script from its standard input as root on the machine of the engine."""
     url = address(host)
-    command = ssh.command(url, ssh.enter()) if ssh.is_remote(url) else shell(os.geteuid(), Path(ssh.DOOR).exists())
-    return subprocess.run(command, input=script.encode(), check=False).returncode
+    return ssh.command(url, ssh.enter()) if ssh.is_remote(url) else shell(os.geteuid(), Path(ssh.DOOR).exists())
 
 
 def shell(uid: int, door: bool) -> list[str]:

@@ -239,9 +239,7 @@ class Pulumi:
 
     def secret(self, stack: str, output: str) -> Any:
         """The value of one secret output; None where the stack has no such output."""
-        if output not in self.outputs(stack):
-            return None
-        return json.loads(self._answer("stack", "output", output, "--json", "--show-secrets", "--stack", stack))
+        return json.loads(self._answer("stack", "output", "--json", "--show-secrets", "--stack", stack)).get(output)
 
     def disk_is_full(self) -> bool:
         """Whether the state's disk has no room for another checkpoint."""

@@ -401,8 +401,8 @@ def take_redis(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
     server = Redis(job.container())
     command, variables = server.snapshot()
     facts = server.facts(job.volume) | {"at": time.time()}
-    with variables_set(variables):
-        return repository.save_stream(command, "dump.rdb", restic.tags(job.name, "base", facts), LIMIT_SECONDS)
+    tags = restic.tags(job.name, "base", facts)
+    return repository.save_stream(command, "dump.rdb", tags, LIMIT_SECONDS, variables)
 
 
 def take_files(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
@@ -418,21 +418,6 @@ TAKE: Mapping[str, Callable[[Job, Repository, bool], Snapshot]] = {
     "redis": take_redis,
     "files": take_files,
 }
-
-
-@contextmanager
-def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables, for the children of the body."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def archive(job: Job, state: State, say: Callable[[str], None]) -> bool:

@@ -7,7 +7,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,7 +164,7 @@ def ensure(
     bucket's. Undecided, with the next step, where the endpoint does not answer or refuses the credentials.
     """
     bucket = _Bucket(connect(target, credentials), target, environment)
-    try:
+    with _answering(target):
         return [
             bucket.made(),
             bucket.versioning(),
@@ -173,6 +174,13 @@ def ensure(
             bucket.tls_only(),
             *(bucket.granted(role, principals.get(role, ())) for role in Role),
         ]
+
+
+@contextmanager
+def _answering(target: BucketTarget) -> Iterator[None]:
+    """Undecided, with the next step, where the endpoint does not answer or refuses."""
+    try:
+        yield
     except ClientError as error:
         raise Undecided(f"{target.endpoint}: {_said(error)}") from None
     except BotoCoreError as error:
@@ -446,12 +454,9 @@ def brought_back(target: BucketTarget, environment: str, credentials: Credential
     """
     s3 = connect(target, credentials)
     inside = f"{target.key(environment)}/"
-    try:
+    with _answering(target):
         found = _versions(s3, target.bucket, inside)
         done = [_genuine(s3, target.bucket, key, key.removeprefix(inside), found[key]) for key in sorted(found)]
-    except (ClientError, BotoCoreError) as error:
-        said = _said(error) if isinstance(error, ClientError) else str(error)
-        raise Undecided(f"{target.endpoint}: {said}") from None
     return BroughtBack(*(done.count(what) for what in BroughtBack._fields))
 
 

@@ -1,7 +1,6 @@
 """What a backup is taken of: PostgreSQL, Redis, or the files of a volume, in a running container of a service.
 Everything of a database runs in its own container, with its own programs: any image works unmodified."""
 
-import json
 import os
 import re
 import shutil
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from host.machine import Places, Undecided, ask
+from host.machine import START_ENGINE, Places, Undecided, ask, inspect
 from host.restic import BackupError
 
 LABEL, SERVICE = "bulkhead.environment", "bulkhead.service"
-START_ENGINE = "start Docker; see `docker info`"
 SLOT = "bulkhead"
 OUR_SLOT = f"from pg_replication_slots where slot_name = '{SLOT}'"
 SEGMENT = re.compile(r"[0-9A-F]{24}")
@@ -75,11 +73,6 @@ class Container:
             if file := self.variables.get(f"{name}_FILE"):
                 return self.said("cat", file).rstrip("\n")
         return ""
-
-
-def inspect(kind: str, *names: str) -> list[dict[str, Any]]:
-    """What the engine knows of containers or volumes; Undecided if one is not there."""
-    return list(json.loads(ask(["docker", kind, "inspect", *names], START_ENGINE))) if names else []
 
 
 def containers(environment: str, volume: str, *, stopped: bool = False) -> list[Container]:

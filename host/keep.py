@@ -15,10 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from host.machine import Places, Undecided, ask, deploying, read_json, write
+from host.machine import START_ENGINE, Places, Undecided, ask, deploying, inspect, read_json, write
 
 LABEL, BEST_EFFORT = "bulkhead.environment", "best-effort"
-START_ENGINE = "start Docker; see `docker info`"
 GRACE_SECONDS = 15 * 60
 DU_SECONDS = 30 * 60
 DU_SHARE = 20
@@ -143,16 +142,11 @@ def inspected() -> list[dict[str, Any]]:
     for last in (False, True):
         identifiers = ask(["docker", "ps", "--all", "--quiet", "--no-trunc"], START_ENGINE).split()
         try:
-            return _inspect("container", identifiers)
+            return inspect("container", *identifiers)
         except Undecided:
             if last:
                 raise
     raise AssertionError
-
-
-def _inspect(kind: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(ask(["docker", kind, "inspect", *names], START_ENGINE)) if names else []
-    return found
 
 
 def members(environment: str, parent: str, containers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -170,7 +164,7 @@ def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set
     Images and the build cache are shared by all and made by deploys only; they are no part of it.
     """
     names = ask(["docker", "volume", "ls", "--quiet", "--filter", f"label={LABEL}={environment}"], START_ENGINE).split()
-    paths = {str(volume["Mountpoint"]) for volume in _inspect("volume", names) if not volume.get("Options")}
+    paths = {str(volume["Mountpoint"]) for volume in inspect("volume", *names) if not volume.get("Options")}
     for container in containers:
         mounts = container.get("Mounts") or ()
         paths |= {

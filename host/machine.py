@@ -67,6 +67,10 @@ def deploying(places: Places, now: float | None = None) -> frozenset[str]:
     return frozenset(found)
 
 
+START_ENGINE = "start Docker; see `docker info`"
+"""The remedy for `ask` where the engine does not answer."""
+
+
 def ask(
     command: Sequence[str], remedy: str, variables: Mapping[str, str] = {}, *, seconds: float = ANSWER_SECONDS
 ) -> str:
@@ -87,6 +91,11 @@ def ask(
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise Undecided(f"{' '.join(command[:3])}: {said}. Next step: {remedy}")
     return done.stdout
+
+
+def inspect(kind: str, *names: str) -> list[dict[str, Any]]:
+    """What the engine knows of containers or volumes; Undecided if one is not there."""
+    return list(json.loads(ask(["docker", kind, "inspect", *names], START_ENGINE))) if names else []
 
 
 def read_json(path: Path) -> Any:

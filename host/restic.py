@@ -43,6 +43,11 @@ class BackupError(Exception):
         """Whether the target does not let these credentials do it."""
         return any(word in str(self) for word in REFUSED)
 
+    @property
+    def absent(self) -> bool:
+        """Whether the target says that there is no repository yet."""
+        return not self.refused and any(word in str(self) for word in ABSENT)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -51,7 +56,6 @@ class Snapshot:
     id: str
     at: datetime
     kind: str
-    paths: tuple[str, ...]
     facts: Mapping[str, Any]
     size: int = 0
     added: int = 0
@@ -114,7 +118,7 @@ class Repository:
         """Whether what stood in the way could be put right: no repository yet, or a lock of a run that was killed."""
         if error.refused:
             return False
-        if any(word in str(error) for word in ABSENT):
+        if error.absent:
             self.init()
             return True
         if LOCKED in str(error):
@@ -132,7 +136,7 @@ class Repository:
         try:
             self._call(("cat", "config"), ANSWER_SECONDS)
         except BackupError as error:
-            if error.refused or not any(word in str(error) for word in ABSENT):
+            if not error.absent:
                 raise
             return False
         return True
@@ -143,9 +147,19 @@ class Repository:
 
     # --- saving
 
-    def save_stream(self, producer: Sequence[str], name: str, tags: Sequence[str], seconds: float) -> Snapshot:
-        """A snapshot of what a command prints, as one file. BackupError, and no snapshot, where the command fails."""
-        return self._again(lambda: self._save_stream(producer, name, tags, seconds))
+    def save_stream(
+        self,
+        producer: Sequence[str],
+        name: str,
+        tags: Sequence[str],
+        seconds: float,
+        variables: Mapping[str, str] = {},
+    ) -> Snapshot:
+        """A snapshot of what a command prints, as one file. BackupError, and no snapshot, where the command fails.
+
+        `variables`: further ones of the command's environment.
+        """
+        return self._again(lambda: self._save_stream(producer, name, tags, seconds, variables))
 
     def _again(self, save: Callable[[], Snapshot]) -> Snapshot:
         """Does it, and once more where what stood in the way could be put right."""
@@ -156,7 +170,9 @@ class Repository:
                 raise
             return save()
 
-    def _save_stream(self, producer: Sequence[str], name: str, tags: Sequence[str], seconds: float) -> Snapshot:
+    def _save_stream(
+        self, producer: Sequence[str], name: str, tags: Sequence[str], seconds: float, variables: Mapping[str, str]
+    ) -> Snapshot:
         """The stream, once.
 
         restic takes the end of its input for the end of the file, so the pipe is held open until it is known how the
@@ -173,6 +189,7 @@ class Repository:
             try:
                 made = subprocess.run(
                     producer,
+                    env={**os.environ, **variables},
                     stdin=subprocess.DEVNULL,
                     stdout=held,
                     stderr=subprocess.PIPE,
@@ -207,7 +224,7 @@ class Repository:
         told = [json.loads(line) for line in output.splitlines() if line.startswith(b"{")]
         summary = next(line for line in reversed(told) if line.get("message_type") == "summary")
         now = datetime.now(UTC).isoformat()
-        made = _snapshot({"id": summary["snapshot_id"], "time": now, "paths": [], "tags": list(tags)})
+        made = _snapshot({"id": summary["snapshot_id"], "time": now, "tags": list(tags)})
         return replace(made, size=summary["total_bytes_processed"], added=summary["data_added"])
 
     # --- finding and bringing back
@@ -225,6 +242,14 @@ class Repository:
     def dump(self, snapshot: str, file: str) -> list[str]:
         """The command that prints one file of a snapshot; it needs `environment`."""
         return ["restic", "--quiet", "dump", snapshot, file]
+
+    def dump_into(self, target: IO[bytes], snapshot: str, file: str) -> None:
+        """Writes one file of a snapshot into an open one. BackupError where it is not there, or not whole."""
+        done = subprocess.run(
+            self.dump(snapshot, file), env=self.environment, stdout=target, stderr=subprocess.PIPE, check=False
+        )
+        if done.returncode:
+            raise self.error("dump", done.stderr.decode(errors="replace"))
 
     def size(self, snapshot: str) -> int:
         """Bytes that a snapshot takes up once it is restored."""
@@ -267,7 +292,7 @@ def _snapshot(listed: Mapping[str, Any]) -> Snapshot:
     facts = json.loads(base64.urlsafe_b64decode(packed)) if packed else {}
     kind = next((tag.removeprefix("kind:") for tag in known if tag.startswith("kind:")), "")
     at = datetime.fromisoformat(str(listed["time"])).astimezone()
-    return Snapshot(str(listed["id"]), at, kind, tuple(listed["paths"]), facts)
+    return Snapshot(str(listed["id"]), at, kind, facts)
 
 
 def _ends(restic: "subprocess.Popen[bytes]") -> bool:

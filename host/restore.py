@@ -20,14 +20,12 @@ from typing import Any
 from host import engines
 from host.backup import RESTORE_LABEL as LABEL
 from host.backup import WAIT_SECONDS, Job, State, alone, holder, jobs
-from host.engines import Container, inspect, mountpoint
-from host.keep import used
-from host.machine import Places, Undecided, ask, read_json
+from host.engines import Container, mountpoint
+from host.keep import BEST_EFFORT, used
+from host.machine import START_ENGINE, Places, Undecided, ask, inspect, read_json
 from host.restic import BackupError, Repository, Snapshot
 
 KEPT = "bulkhead.kept"
-START_ENGINE = "start Docker; see `docker info`"
-BEST_EFFORT = "best-effort"
 HEALTHY_SECONDS, RECOVERY_SECONDS = 180.0, 6 * 3600.0
 PROGRESS_SECONDS = 2.0
 ROOM = 1.1
@@ -156,22 +154,20 @@ def in_volume(job: Job, snapshot: Snapshot, volume: str, script: str, *words: st
     return ["docker", "run", *throwaway(job, template(job), *arguments, user="0:0", entry="sh", options=options)]
 
 
-def unpack(job: Job, repository: Repository, snapshot: Snapshot, volume: str, say: Say) -> None:
-    """A base backup into a volume."""
-    sink = in_volume(job, snapshot, volume, UNPACK)
-    piped(repository, repository.dump(snapshot.id, "/base.tar"), sink, volume, snapshot, say)
-
-
-def piped(
-    repository: Repository, source: Sequence[str], sink: Sequence[str], volume: str, snapshot: Snapshot, say: Say
-) -> None:
-    """Runs `source | sink`, tells how far it is. BackupError if either fails."""
-    with progress(mountpoint(volume), repository.size(snapshot.id), say):
+def unpack(job: Job, repository: Repository, snapshot: Snapshot, size: int, volume: str, say: Say) -> None:
+    """A base backup of so many bytes into a volume; tells how far it is. BackupError if either end fails."""
+    with progress(mountpoint(volume), size, say):
         dumping = subprocess.Popen(
-            source, env=repository.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            repository.dump(snapshot.id, "/base.tar"),
+            env=repository.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         try:
-            done = subprocess.run(sink, stdin=dumping.stdout, capture_output=True, check=False)
+            done = subprocess.run(
+                in_volume(job, snapshot, volume, UNPACK), stdin=dumping.stdout, capture_output=True, check=False
+            )
         finally:
             if dumping.stdout:
                 dumping.stdout.close()
@@ -214,9 +210,10 @@ def restore_postgres(
     like = template(job)
     same_version(job, like, snapshot)
     wal = wal_for(job, repository, until) if job.wal else None
-    need_room(mountpoint(volume), repository.size(snapshot.id) + (repository.size(wal.id) if wal else 0))
+    size = repository.size(snapshot.id)
+    need_room(mountpoint(volume), size + (repository.size(wal.id) if wal else 0))
     say(f"{job.key}: base backup {snapshot.id[:8]} of {snapshot.at:%Y-%m-%d %H:%M:%S}")
-    unpack(job, repository, snapshot, volume, say)
+    unpack(job, repository, snapshot, size, volume, say)
     folder = job.folder / f"restore-{os.getpid()}"
     try:
         folder.mkdir(parents=True, mode=0o700)
@@ -390,12 +387,7 @@ def restore_redis(
     folder.mkdir(parents=True, exist_ok=True)
     dump = folder / settings["dbfilename"]
     with dump.open("wb") as file:
-        done = subprocess.run(
-            repository.dump(snapshot.id, "/dump.rdb"), env=repository.environment, stdout=file, stderr=subprocess.PIPE,
-            check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise repository.error("dump", done.stderr.decode(errors="replace"))
+        repository.dump_into(file, snapshot.id, "/dump.rdb")
     for path in (mountpoint(volume), folder, *folder.rglob("*")):
         os.chown(path, *owner)
     inside = str(Path(facts["mount"]) / facts["inside"])
@@ -498,6 +490,13 @@ def swapped(done: Restored, say: Say) -> str:
     return kept
 
 
+def begun_anew(job: Job, state: State) -> None:
+    """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
+    state.of(job)["wanted"] = True
+    if job.spool.exists():
+        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+
+
 def exchanged(volume: str, new: str, kept: str) -> None:
     """Renames folders: the volume's goes to `kept`, that of `new` becomes the volume's. A moment, whatever its size."""
     here, fresh, there = mountpoint(volume), mountpoint(new), mountpoint(kept)
@@ -596,10 +595,7 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
             say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
             continue
         kept = swapped(done, say)
-        known = state.of(to)
-        if to.spool.exists():
-            to.spool.rename(to.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
-        known["wanted"] = True
+        begun_anew(to, state)
         say(f"{to.key}: has a masked copy of {job.key}")
         say(f"What was there is kept as {kept}, until: make restore RELEASE={kept}")
         state.record({"job": to.key, "kind": "refresh", "start": began, "end": time.time(), "from": job.key})
@@ -730,10 +726,7 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
     if (would := newer(job, done.until)) and not args.lose_newer:
         raise BackupError(f"{would}: nothing was changed. Next step: with LOSE_NEWER=1 to lose that; it is in {volume}")
     kept = swapped(done, say)
-    known = state.of(job)
-    known["wanted"] = True  # another history begins here: its WAL fits to no backup that is there
-    if job.wal and job.spool.exists():
-        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+    begun_anew(job, state)
     state.record({"job": job.key, "kind": "restore", "start": began, "end": time.time(), "snapshot": done.snapshot.id})
     state.save(jobs(places))
     if args.release_kept:
@@ -764,16 +757,11 @@ def searched(job: Job, args: argparse.Namespace) -> int:
     if args.file:
         target = Path(args.to or ".") / Path(args.file).name
         with target.open("xb") as file:
-            done = subprocess.run(
-                repository.dump(snapshot.id, args.file),
-                env=repository.environment,
-                stdout=file,
-                stderr=subprocess.PIPE,
-                check=False,
-            )
-        if done.returncode:
-            target.unlink()
-            raise repository.error("dump", done.stderr.decode(errors="replace"))
+            try:
+                repository.dump_into(file, snapshot.id, args.file)
+            except BackupError:
+                target.unlink()
+                raise
         say(f"{target}: {target.stat().st_size} bytes of snapshot {snapshot.id[:8]}")
         return 0
     for path in repository.files(snapshot.id):

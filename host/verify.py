@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from host import backup
-from host.machine import Places, Undecided, ask, deploying, read_json, write
+from host.machine import START_ENGINE, Places, Undecided, ask, deploying, read_json, write
 
 SECOND_LOOK_SECONDS = 2.0
 HOST = "host"
@@ -26,7 +26,6 @@ LABEL, FILES_LABEL, PROBE_LABEL = "bulkhead.environment", "bulkhead.files", "bul
 PROOF_SECONDS = 15 * 60
 ABSENT = "not there"
 SLICE_FILE = "cgroup file"
-START_ENGINE = "start Docker; see `docker info`"
 INSTALL_NFT = "apt-get install nftables"
 # v1 shows a memory limit that is not set as the largest whole page below 2**63.
 UNLIMITED = 2**62

@@ -295,7 +295,7 @@ def repository(*found: Snapshot) -> Listed:
 
 
 def snapshot(name: str, at: float, kind: str = "base") -> Snapshot:
-    return Snapshot(name * 8, datetime.fromtimestamp(at, UTC), kind, (), {"at": at})
+    return Snapshot(name * 8, datetime.fromtimestamp(at, UTC), kind, {"at": at})
 
 
 def test_a_time_takes_the_backup_before_it_and_wal_that_goes_beyond_it() -> None:

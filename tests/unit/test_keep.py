@@ -285,7 +285,7 @@ def test_a_container_that_ends_between_list_and_question_is_asked_around_once(
             raise Undecided("gone")
         return [container("a")]
 
-    monkeypatch.setattr(keep, "_inspect", inspect)
+    monkeypatch.setattr(keep, "inspect", inspect)
     assert keep.inspected() == [container("a")]
     failures = 2
     with pytest.raises(Undecided):
