@@ -8,6 +8,7 @@ soon as it is below again. `docker unpause` lets it go on for GRACE_SECONDS, to 
 import argparse
 import fcntl
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ LABEL, BEST_EFFORT = "bulkhead.environment", "best-effort"
 GRACE_SECONDS = 15 * 60
 DU_SECONDS = 30 * 60
 DU_SHARE = 20
-"""After counting an environment's files for a second, they are not counted again for this many."""
+"""After counting an environment's files for a second, they are not counted again for this many, unless so much has been
+written to the disk since that it may be over its ceiling."""
 ENGINE_PIDS = ("run/docker.pid", "run/docker/containerd/containerd.pid")
 ENGINE_SCORE = -500
 """What Docker's own unit gives it; Debian's docker.io runs with 0 (measured). Containers do not inherit it."""
@@ -177,6 +179,12 @@ def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set
     return paths
 
 
+def on_disks(paths: Iterable[str]) -> int:
+    """Bytes in use on the disks that hold these folders, by whomever; each disk once."""
+    disks = {path.stat().st_dev: path for path in map(Path, paths) if path.exists()}
+    return sum(shutil.disk_usage(path).used for path in disks.values())
+
+
 def used(paths: Iterable[str]) -> int:
     """Bytes that these folders take up on the disk; what is in two of them counts once."""
     there = sorted(path for path in paths if Path(path).exists())
@@ -242,11 +250,13 @@ def disk(
     """Counts what an environment takes up on the disk, when it is due, and holds it to its ceiling."""
     ceiling, now = int(promised["disk"]), time.time()
     mine = members(environment, promised["cgroup_parent"], containers)
-    size, at, took = (before.get(key) or 0 for key in ("used", "counted_at", "seconds"))
-    rest = DU_SHARE if before.get("state") == "below" else 1
-    if before.get("ceiling") != ceiling or now >= at + rest * took:
-        size = used(written_to(environment, mine))
-        at, took = now, time.time() - now
+    size, at, took, there = (before.get(key) or 0 for key in ("used", "counted_at", "seconds", "disk_used"))
+    paths = written_to(environment, mine)
+    filled = on_disks(paths)
+    near = before.get("state") != "below" or filled - there > ceiling - size
+    if before.get("ceiling") != ceiling or now >= at + (1 if near else DU_SHARE) * took:
+        size = used(paths)
+        at, took, there = now, time.time() - now, filled
     stands = hold(ceiling, size, mine, before, deploys, time.time())
     changed = stands["state"] != before.get("state")
     return {
@@ -254,6 +264,7 @@ def disk(
         "used": size,
         "counted_at": at,
         "seconds": round(took, 3),
+        "disk_used": there,
         "since": time.time() if changed else before.get("since"),
         **stands,
     }

@@ -134,10 +134,11 @@ def test_dev_fills_its_disk(generator: Generator, engine: docker.DockerClient) -
     ceiling = int(LEDGER["bulkhead:environments"][DEV]["limits"]["disk"].removesuffix("MiB"))
     stopped = False
     database, file = container(engine, DEV, "db"), "/var/lib/postgresql/data/fill"
-    keep = [sys.executable, PROGRAM, "keep"]
+    keep, told = [sys.executable, PROGRAM, "keep"], ""
 
     def paused() -> bool:
-        subprocess.run(keep, check=False, capture_output=True)
+        nonlocal told
+        told = subprocess.run([*keep, "--json"], check=False, capture_output=True, text=True).stdout
         database.reload()
         return bool(database.status == "paused")
 
@@ -151,7 +152,7 @@ def test_dev_fills_its_disk(generator: Generator, engine: docker.DockerClient) -
         database.exec_run(["rm", "-f", file])
         assert eventually(lambda: not subprocess.run(keep, check=False, capture_output=True).returncode)
     assert filled.exit_code == 0, filled.output
-    assert stopped
+    assert stopped, told
     unharmed(found)
 
 

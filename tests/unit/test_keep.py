@@ -300,8 +300,9 @@ def test_one_container_that_cannot_be_paused_keeps_no_other_from_it(docker: Path
 
 
 def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each second that it took, not for DU_SHARE more; while it is over, and after a new ceiling, sooner."""
-    now, counted, size = 1000.0, 0, 50
+    """For each second that it took, not for DU_SHARE more. Sooner while it is over, after a new ceiling, and when so
+    much has been written to the disk, by whomever, that it may be over."""
+    now, counted, size, filled = 1000.0, 0, 50, 700
 
     def used(_: object) -> int:
         nonlocal now, counted
@@ -312,6 +313,7 @@ def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setattr(keep, "written_to", lambda *_: [])
     monkeypatch.setattr(keep, "used", used)
+    monkeypatch.setattr(keep, "on_disks", lambda _: filled)
 
     def at(then: float, before: Mapping[str, Any], ceiling: int = 100) -> dict[str, Any]:
         nonlocal now
@@ -325,13 +327,31 @@ def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> No
     assert at(1001, first, ceiling=101)["ceiling"] == 101
     assert counted == 2
 
+    filled = 750
+    assert at(1003, first)["disk_used"] == 700
+    assert counted == 2
+    filled = 751
+    assert at(1001, first)["disk_used"] == 700
+    assert counted == 2
+    first = at(1003, first)
+    assert (counted, first["disk_used"], first["counted_at"]) == (3, 751, 1003)
+    at(1006, first)
+    assert counted == 3
+
     size = 101
-    over = at(1000 + 2 * keep.DU_SHARE, first)
-    assert (counted, over["used"], over["state"], over["since"]) == (3, 101, "paused", 1042)
-    still = at(1041, over)
-    assert (counted, still["since"]) == (3, 1042)
-    at(1042, over)
-    assert counted == 4
+    over = at(1003 + 2 * keep.DU_SHARE, first)
+    assert (counted, over["used"], over["state"], over["since"]) == (4, 101, "paused", 1045)
+    still = at(1044, over)
+    assert (counted, still["since"]) == (4, 1045)
+    at(1045, over)
+    assert counted == 5
+
+
+def test_a_disk_counts_once_however_many_folders_are_on_it(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    whole = keep.on_disks([str(tmp_path)])
+    assert whole > 0
+    assert keep.on_disks([str(tmp_path), str(tmp_path / "b"), str(tmp_path / "gone")]) == pytest.approx(whole, rel=0.01)
 
 
 def test_an_environments_containers_are_those_with_its_label_and_those_in_its_slice() -> None:
