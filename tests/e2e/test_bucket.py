@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,18 +299,38 @@ def test_a_server_that_goes_and_comes_back_in_the_middle_loses_nothing(tmp_path:
     assert back.stdout == source.read_bytes()
 
 
-def test_a_full_disk_is_said_and_leaves_no_snapshot(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], check=True)
+@contextmanager
+def small(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system that is soon full."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:
-        there = Repository(str(small / "prod"), "key", tmp_path / "cache")
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_no_snapshot(tmp_path: Path) -> None:
+    with small(tmp_path / "small", 3) as disk:
+        there = Repository(str(disk / "prod"), "key", tmp_path / "cache")
         kept = saved(there, "one")
         with pytest.raises(BackupError, match="make room"):
             there.save_stream(["head", "-c", "20000000", "/dev/urandom"], "file", ["job:j"], 60)
         assert [one.id[:8] for one in there.snapshots()] == [kept.id]
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_full_bucket_is_said_and_leaves_no_snapshot(tmp_path: Path) -> None:
+    """The server's own disk is full, since it knows no quota."""
+    with small(tmp_path / "objects", 20), server(tmp_path) as s3:
+        target = s3.target("full")
+        there = writers(s3, target, tmp_path)
+        command.repository(target, "prod", s3.variables, "key")
+        kept = saved(there, "one")
+        began = time.monotonic()
+        with pytest.raises(BackupError, match="make room"):
+            there.save_stream(["head", "-c", "60000000", "/dev/urandom"], "file", ["job:j"], 300)
+        print("seconds", time.monotonic() - began)
+        assert [one.id[:8] for one in there.snapshots()] == [kept.id]
 
 
 def test_with_tls_required_a_user_comes_in_with_it_and_not_without(

@@ -1,5 +1,5 @@
-"""A lost host: everything of Bulkhead is destroyed, state and data with it, and comes back from the bucket and a key.
-The last of all tests, since it leaves nothing of the deployment that the others share."""
+"""A lost key, and a lost host: everything of Bulkhead is destroyed, state and data with it, and comes back from the
+bucket and a key. The last of all tests, since they leave nothing of the deployment that the others share."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -18,9 +19,41 @@ from tests.e2e.test_backup import redis, sql
 from tests.e2e.test_deployment import eventually, healthy, http
 from tests.s3 import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # a host is destroyed and built anew: five minutes
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # several deployments: eight minutes
 
 CHECKSUM = "select count(*), md5(string_agg(o::text, ',' order by id)) from orders o"
+
+
+def test_a_repository_of_another_key_is_opened_with_its_own_or_moved_away(live: Deployment) -> None:
+    """docs/runbooks/lost-key.md."""
+
+    def declared() -> Any:
+        return json.loads(Path(f"/etc/bulkhead/backup/{DEV}.json").read_text())
+
+    def with_key(key: str) -> None:
+        live.done("pulumi", args=f"config set --stack {DEV} --secret --path 'bulkhead:secrets.backup_key' {key}")
+        live.done("up", DEV)
+        assert declared()["password"] == key
+
+    own = declared()["password"]
+    live.done("backup", DEV, SERVICE="db")
+    repository = Path(declared()["jobs"]["db-data"]["targets"]["disk"]["repository"])
+    before = {file for file in repository.rglob("*") if file.is_file()}
+    with_key("another")
+    failed = live.make("backup", DEV, SERVICE="db")
+    assert failed.returncode != 0
+    assert "docs/runbooks/lost-key.md" in failed.stdout
+    assert before <= set(repository.rglob("*"))  # what another key made is not touched
+
+    repository.rename(repository.with_name("lost"))
+    live.done("backup", DEV, SERVICE="db")
+    live.done("drill", DEV, SERVICE="db")
+
+    shutil.rmtree(repository)
+    repository.with_name("lost").rename(repository)
+    with_key(own)
+    live.done("backup", DEV, SERVICE="db")
+    live.done("drill", DEV, SERVICE="db")
 
 
 def test_a_lost_host_comes_back_from_its_backups_and_a_key(
