@@ -39,6 +39,8 @@ WAL_OVERDUE_SECONDS = 1800.0
 """A backup of a large database may hold it up for a while: one run at a time."""
 OVERDUE = 1.5
 """Periods after which a job that has not succeeded is overdue."""
+UNPRUNED = 2
+"""Times what is to be kept, from which on somebody is told that nobody prunes a bucket."""
 LIMIT_SECONDS = 12 * 3600
 STOP_SECONDS = 60.0
 WAIT_SECONDS = 900.0
@@ -225,6 +227,8 @@ def alarms(job: Job, known: Mapping[str, Any], now: float) -> Iterator[tuple[str
         yield "WAL overdue", f"in the targets up to {ago(known.get('wal_at'), now)}"
     if known.get("shrunk"):
         yield "shrunk", str(known["shrunk"])
+    if known.get("unpruned"):
+        yield "not pruned", str(known["unpruned"])
     if known.get("gap"):
         yield "gap", str(known["gap"])
     verified = float(known.get("last_verified") or job.since)
@@ -339,6 +343,7 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
             "added": snapshot.added,
             "seconds": round(time.time() - started, 3),
             "shrunk": f"from {before} to {snapshot.size} bytes since the one before" if shrunk else None,
+            "unpruned": unpruned(job, job.targets),
         }
         record |= {"snapshot": snapshot.id, "new": snapshot.added, "total": snapshot.size, "facts": snapshot.facts}
         say(f"{job.key}: {snapshot.size} bytes, {snapshot.added} new, snapshot {snapshot.id[:8]}")
@@ -375,6 +380,17 @@ def prune(job: Job, repository: Repository) -> None:
     repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
     if job.wal and len(repository.snapshots(f"job:{job.name}", "kind:base")) > 2:
         repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")
+
+
+def unpruned(job: Job, targets: Sequence[Repository]) -> str | None:
+    """Says where many more base backups are than are to be kept: the host cannot let go of them there itself."""
+    kept = sum(count for count in job.declared["retain"].values() if count)
+    for repository in targets:
+        if repository.append_only:
+            there = len(repository.snapshots(f"job:{job.name}", "kind:base"))
+            if there > UNPRUNED * kept:
+                return f"{there} backups in {repository.url}; at most {kept} are to be kept"
+    return None
 
 
 def prune_states(repository: Repository) -> None:

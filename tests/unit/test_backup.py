@@ -99,6 +99,7 @@ def test_a_job_that_runs_and_is_verified_alarms_nobody() -> None:
         ({"failures": 2, "error": "full"}, "failed"),
         ({"shrunk": "from 9 to 1 bytes"}, "shrunk"),
         ({"gap": "WAL is missing"}, "gap"),
+        ({"unpruned": "99 backups"}, "not pruned"),
         ({"wal_error": "no space"}, "WAL failed"),
         ({"wal_at": NOW - 3600}, "WAL overdue"),
         ({"last_verified": NOW - 8.1 * DAY}, "not verified"),
@@ -162,6 +163,27 @@ def test_a_job_without_a_target_fails_loudly_and_is_recorded(tmp_path: Path) -> 
     assert (
         'bulkhead_backup_failures{environment="dev",job="data"} 1' in (places.state / "metrics/backup.prom").read_text()
     )
+
+
+def test_a_bucket_that_nobody_prunes_is_told_and_one_that_the_host_prunes_is_not() -> None:
+    one = job(retain={"last": 2, "daily": None, "weekly": 1})
+    full = repository(*(snapshot(name, NOW) for name in "abcdefg"))
+    object.__setattr__(full, "append_only", True)
+    assert backup.unpruned(one, [full]) == "7 backups in /srv/backup/prod; at most 3 are to be kept"
+    object.__setattr__(full, "found", full.found[1:])
+    assert backup.unpruned(one, [full]) is None
+    assert backup.unpruned(one, [repository(*(snapshot(name, NOW) for name in "abcdefg"))]) is None
+
+
+def test_what_a_backup_finds_unpruned_is_an_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    (one,) = backup.jobs(places)
+    state = State(places)
+    monkeypatch.setattr(backup, "saved", lambda *_, **__: snapshot("a", NOW))
+    monkeypatch.setattr(backup, "unpruned", lambda *_: "99 backups")
+    assert backup.back_up(one, state, print, hurry=True)
+    assert ("not pruned", "99 backups") in backup.alarms(one, state.of(one), time.time())
 
 
 def test_a_job_is_called_by_its_volume_or_its_service_and_another_name_is_an_error(tmp_path: Path) -> None:
