@@ -8,6 +8,7 @@ import argparse
 import difflib
 import fcntl
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ INSTALL_NFT = "apt-get install nftables"
 # v1 shows a memory limit that is not set as the largest whole page below 2**63.
 UNLIMITED = 2**62
 PLACED_BY = ("cpu", "memory", "pids")
+OR = " or "
 CONTAINER_GROUP = re.compile(r"[0-9a-f]{64}")
 
 
@@ -304,8 +306,11 @@ def files(environment: str, wanted: Mapping[str, str], places: Places) -> Iterat
 
 
 def same(expected: str, observed: str) -> bool:
-    """Whether two spellings of a file's content mean the same: blanks and the ways to say unlimited aside."""
-    return list(map(value, expected.split())) == list(map(value, observed.split()))
+    """Whether two spellings of a file's content mean the same: blanks and the ways to say unlimited aside.
+
+    `expected` may have several, with OR between them.
+    """
+    return any(list(map(value, one.split())) == list(map(value, observed.split())) for one in expected.split(OR))
 
 
 def value(word: str) -> str:
@@ -373,18 +378,32 @@ def ceilings(
 
 
 def container_files(config: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, str]:
-    """A container's own cgroup files and what they show for its memory and CPU limits."""
+    """A container's own cgroup files and what they show for its limits of memory, swap (none beside it) and CPU, and
+    for its share of the environment's CPU."""
     memory, cpus = str(config.get("Memory") or "max"), quota(config)
+    period, shares = config.get("CpuPeriod") or 100_000, int(config.get("CpuShares") or 1024)
     if "memory" in groups:
-        period = config.get("CpuPeriod") or 100_000
         return {
             f"/sys/fs/cgroup/memory{groups['memory']}/memory.limit_in_bytes": memory,
+            f"/sys/fs/cgroup/memory{groups['memory']}/memory.memsw.limit_in_bytes?": memory,
             f"/sys/fs/cgroup/cpu{groups['cpu']}/cpu.cfs_quota_us?": str(round(cpus * period)) if cpus else "max",
+            f"/sys/fs/cgroup/cpu{groups['cpu']}/cpu.shares?": str(shares),
         }
-    period = config.get("CpuPeriod") or 100_000
     return {
         f"/sys/fs/cgroup{groups['']}/memory.max": memory,
+        f"/sys/fs/cgroup{groups['']}/memory.swap.max?": "0" if config.get("Memory") else "max",
         f"/sys/fs/cgroup{groups['']}/cpu.max": f"{round(cpus * period) if cpus else 'max'} {period}",
+        f"/sys/fs/cgroup{groups['']}/cpu.weight?": OR.join(sorted(weights(shares))),
+    }
+
+
+def weights(shares: int) -> set[str]:
+    """What a container's `cpu.weight` may be for its CPU shares: runc has changed how it reckons with 1.3.2, crun with
+    1.23 (opencontainers/cgroups, ConvertCPUSharesToCgroupV2Value)."""
+    exact = math.log2(shares)
+    return {
+        str(1 + (shares - 2) * 9999 // 262142),
+        str(math.ceil(10 ** ((exact * exact + 125 * exact) / 612 - 7 / 34))),
     }
 
 

@@ -374,15 +374,27 @@ def test_a_process_put_into_a_slice_past_the_engine_is_told() -> None:
 
 
 def test_a_containers_own_files_show_the_limits_that_the_engine_shows() -> None:
-    config = {"Memory": 64 * MIB, "NanoCpus": 500_000_000}
+    config = {"Memory": 64 * MIB, "NanoCpus": 500_000_000, "CpuShares": 256}
     assert verify.container_files(config, {"memory": "/m", "cpu": "/c", "pids": "/p"}) == {
         "/sys/fs/cgroup/memory/m/memory.limit_in_bytes": str(64 * MIB),
+        "/sys/fs/cgroup/memory/m/memory.memsw.limit_in_bytes?": str(64 * MIB),
         "/sys/fs/cgroup/cpu/c/cpu.cfs_quota_us?": "50000",
+        "/sys/fs/cgroup/cpu/c/cpu.shares?": "256",
     }
     assert verify.container_files({}, {"": "/g"}) == {
         "/sys/fs/cgroup/g/memory.max": "max",
+        "/sys/fs/cgroup/g/memory.swap.max?": "max",
         "/sys/fs/cgroup/g/cpu.max": "max 100000",
+        "/sys/fs/cgroup/g/cpu.weight?": "100 or 39",
     }
+    assert verify.container_files(config, {"": "/g"})["/sys/fs/cgroup/g/memory.swap.max?"] == "0"
+
+
+@pytest.mark.parametrize(("shares", "weights"), [(2, {"1"}), (262144, {"10000"}), (1024, {"39", "100"})])
+def test_a_weight_is_reckoned_from_shares_as_either_runtime_does(shares: int, weights: set[str]) -> None:
+    assert verify.weights(shares) == weights
+    assert verify.same("39 or 100", "100\n")
+    assert not verify.same("39 or 100", "50\n")
 
 
 def test_a_limit_written_past_the_engine_is_told_with_its_file(tmp_path: Path) -> None:
