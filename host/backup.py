@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ WAL_OVERDUE_SECONDS = 1800.0
 OVERDUE = 1.5
 """Periods after which a job that has not succeeded is overdue."""
 UNPRUNED = 2
-"""Times what is to be kept, from which on somebody is told that nobody prunes a bucket."""
+WAL_UNPRUNED = 20_000
+"""Times the base backups that are to be kept, and snapshots of WAL (ten days' worth), beyond which somebody is told
+that nobody prunes a bucket."""
 LIMIT_SECONDS = 12 * 3600
 STOP_SECONDS = 60.0
 WAIT_SECONDS = 900.0
@@ -383,13 +386,16 @@ def prune(job: Job, repository: Repository) -> None:
 
 
 def unpruned(job: Job, targets: Sequence[Repository]) -> str | None:
-    """Says where many more base backups are than are to be kept: the host cannot let go of them there itself."""
+    """Says where much more is than is to be kept: the host cannot let go of it there itself."""
     kept = sum(count for count in job.declared["retain"].values() if count)
     for repository in targets:
         if repository.append_only:
-            there = len(repository.snapshots(f"job:{job.name}", "kind:base"))
-            if there > UNPRUNED * kept:
-                return f"{there} backups in {repository.url}; at most {kept} are to be kept"
+            kinds = Counter(one.kind for one in repository.snapshots(f"job:{job.name}"))
+            if kinds["base"] > UNPRUNED * kept or kinds["wal"] > WAL_UNPRUNED:
+                return (
+                    f"{kinds['base']} backups in {repository.url}, and {kinds['wal']} times WAL; "
+                    f"at most {kept} backups are to be kept"
+                )
     return None
 
 

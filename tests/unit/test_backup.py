@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,14 +165,23 @@ def test_a_job_without_a_target_fails_loudly_and_is_recorded(tmp_path: Path) -> 
     )
 
 
-def test_a_bucket_that_nobody_prunes_is_told_and_one_that_the_host_prunes_is_not() -> None:
+def test_a_bucket_that_nobody_prunes_is_told_and_one_that_the_host_prunes_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backup, "WAL_UNPRUNED", 4)
     one = job(retain={"last": 2, "daily": None, "weekly": 1})
-    full = repository(*(snapshot(name, NOW) for name in "abcdefg"))
-    object.__setattr__(full, "append_only", True)
-    assert backup.unpruned(one, [full]) == "7 backups in /srv/backup/prod; at most 3 are to be kept"
-    object.__setattr__(full, "found", full.found[1:])
-    assert backup.unpruned(one, [full]) is None
-    assert backup.unpruned(one, [repository(*(snapshot(name, NOW) for name in "abcdefg"))]) is None
+    bases, wal = [snapshot("a", NOW)] * 6, [snapshot("b", NOW, "wal")] * 4
+
+    def told(found: Sequence[Snapshot], *, append_only: bool = True) -> str:
+        made = repository(*found)
+        object.__setattr__(made, "append_only", append_only)
+        return backup.unpruned(one, [made]) or ""
+
+    assert told([*bases, *wal]) == ""
+    much = "7 backups in /srv/backup/prod, and 4 times WAL; at most 3 backups are to be kept"
+    assert told([*bases, *wal, bases[0]]) == much
+    assert "and 5 times WAL" in told([*bases, *wal, wal[0]])
+    assert told([*bases, *wal, bases[0]], append_only=False) == ""
 
 
 def test_what_a_backup_finds_unpruned_is_an_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +316,8 @@ class Listed(Repository):
     found: list[Snapshot]
 
     def snapshots(self, *tags: str) -> list[Snapshot]:
-        return [one for one in self.found if f"kind:{one.kind}" in tags]
+        kinds = [tag for tag in tags if tag.startswith("kind:")]
+        return [one for one in self.found if not kinds or f"kind:{one.kind}" in kinds]
 
 
 def repository(*found: Snapshot) -> Listed:
