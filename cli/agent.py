@@ -62,18 +62,24 @@ class Agent:
     def entrust(self, stack: str, jobs: Mapping[str, Any] | None, *, held: bool = False) -> None:
         """Puts a stack's backup jobs, which hold keys, where only root on the host reads them; None takes them away.
 
-        The file is left alone where it says the same: its time is when the jobs began. `held`: none runs by schedule.
+        The file is left alone where it says the same: its time is when the jobs began. `held`: none runs by schedule
+        from now on, until `release`; a later deploy does not change that.
         """
         file = f"{BACKUPS}/{stack}.json"
         if jobs is None:
-            self._root(f"rm -f {file}")
+            self._root(f"rm -f {file} {BACKUPS}/{stack}.held")
             return
         script = (
             f"umask 077\nmkdir -p {BACKUPS}\ncat > {file}.new\n"
             f"if cmp -s {file}.new {file}; then rm {file}.new; else mv {file}.new {file}; fi\n"
         )
-        document = {**jobs, **({"held": True} if held else {})}
-        self._root(script, json.dumps(document, indent=1, sort_keys=True).encode())
+        # First, so that nothing runs in between.
+        script = f"mkdir -p {BACKUPS}\n{f'touch {BACKUPS}/{stack}.held' if held else ':'}\n{script}"
+        self._root(script, json.dumps(jobs, indent=1, sort_keys=True).encode())
+
+    def release(self, stack: str) -> None:
+        """The stack's data is there: it is backed up by schedule again."""
+        self._root(f"rm -f {BACKUPS}/{stack}.held")
 
     def store(self, environment: str, name: str, data: bytes) -> str:
         """Saves data, as a file of this name, with the backups of an environment. What the agent says of it."""
@@ -91,11 +97,12 @@ class Agent:
 
     def forget(self, stack: str) -> None:
         """Takes a destroyed stack's outputs away, and its backup jobs; what is backed up stays."""
-        self._root(f"rm -f {STACKS}/{stack}.json {BACKUPS}/{stack}.json")
+        self._root(f"rm -f {STACKS}/{stack}.json {BACKUPS}/{stack}.json {BACKUPS}/{stack}.held")
 
-    def show(self, verb: str, *options: str) -> int:
-        """Runs a verb and shows what it says as it comes. Its exit code."""
-        script = f"{DEPLOYED}exec {shlex.join(['python3', '-u', PROGRAM, verb, *options])}\n"
+    def show(self, verb: str, *options: str, variables: Mapping[str, str] = {}) -> int:
+        """Runs a verb, with further environment `variables`, and shows what it says as it comes. Its exit code."""
+        exported = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+        script = f"{DEPLOYED}{exported}exec {shlex.join(['python3', '-u', PROGRAM, verb, *options])}\n"
         try:
             return onhost.shown(self._address, script)
         except OSError as error:

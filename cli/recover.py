@@ -48,12 +48,12 @@ def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> Non
     if backend is None:
         return
     passphrase = pulumi.variables.get("PULUMI_CONFIG_PASSPHRASE_FILE")
-    for name in stacks.environments:
-        jobs = pulumi.secret(name, deploy.JOBS) if stacks.tiers.get(name) is Tier.PROTECTED else None
+    known = pulumi.stacks()
+    # Of all protected environments, whichever were deployed just now: the state is that of all.
+    for name in (name for name, tier in stacks.tiers.items() if tier is Tier.PROTECTED and known.get(name)):
+        jobs = pulumi.secret(name, deploy.JOBS)
         if not jobs:
             continue
-        said = agent.store(name, STATE, packed(pulumi.root, backend, Path(passphrase) if passphrase else None))
-        console.print(f"{name}: {said}", highlight=False)
         shown = backend.parent / f"recovery-key-of-{name}-was-shown"
         if not shown.exists():
             console.print(
@@ -65,6 +65,8 @@ def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> Non
                 soft_wrap=True,
             )
             shown.touch(mode=0o600)
+        said = agent.store(name, STATE, packed(pulumi.root, backend, Path(passphrase) if passphrase else None))
+        console.print(f"{name}: {said}", highlight=False)
 
 
 def recover(root: Path, source: str, environment: str, key: str, console: Console) -> int:
@@ -109,14 +111,25 @@ def recover(root: Path, source: str, environment: str, key: str, console: Consol
             if not restored(pulumi, agent, name, source, console):
                 failed.append(name)
     if failed:
-        console.print(f"Not recovered: {', '.join(failed)}. See the errors above", style="red", highlight=False)
+        console.print(
+            f"Not recovered: {', '.join(failed)}. Nor backed up by schedule, until there is data again. "
+            "Next step: see the errors above; then make up, make restore for each volume, and make backup",
+            style="red",
+            highlight=False,
+        )
         return 1
     console.print(f"Recovered: {', '.join(stacks.environments)}. Next step: make verify", highlight=False)
     return 0
 
 
 def restored(pulumi: Pulumi, agent: Agent, name: str, source: str, console: Console) -> bool:
-    """Whether all volumes of an environment that are in `source` are back; from then on they are backed up again."""
+    """Whether all volumes of an environment that are in `source` are back; from then on they are backed up again.
+
+    A bucket is read with the caller's credentials: those in the settings may be what somebody has stolen.
+    """
+    own = (
+        {key: value for key, value in os.environ.items() if key.startswith("AWS_")} if source.startswith("s3:") else {}
+    )
     jobs = pulumi.secret(name, deploy.JOBS)
     for volume, job in jobs["jobs"].items() if jobs else ():
         console.rule(f"{name}/{volume}", align="left")
@@ -124,10 +137,20 @@ def restored(pulumi: Pulumi, agent: Agent, name: str, source: str, console: Cons
         if target is None:
             console.print(f"{name}/{volume}: it is not backed up to {source}, so it stays empty", style="yellow")
             continue
-        options = ("--environment", name, "--job", volume, "--target", target)
-        if agent.show("restore", *options, "--yes", "--lose-newer", "--release-kept"):
+        options = [
+            "--environment",
+            name,
+            "--job",
+            volume,
+            "--target",
+            target,
+            "--yes",
+            "--lose-newer",
+            "--release-kept",
+        ]
+        if agent.show("restore", *options, *(["--as-caller"] if own else []), variables=own):
             return False
-    agent.entrust(name, jobs)
+    agent.release(name)
     return True
 
 

@@ -61,5 +61,8 @@ class BackupJob(pulumi.ComponentResource):
 
 
 def repository_key(name: str, tier: Tier, given: pulumi.Input[str] | None, opts: pulumi.ResourceOptions) -> Secret:
-    """The key of an environment's repositories: given, or generated once. Whoever has it can read all its backups."""
-    return Secret(name, SecretArgs(tier=tier, value=given, generate=None if given else KEY_BYTES), opts=opts)
+    """The key of an environment's repositories: given, or generated once. Whoever has it can read all its backups.
+
+    What was generated stays where one is given later: it opens the repositories that were made with it.
+    """
+    return Secret(name, SecretArgs(tier=tier, value=given, generate=KEY_BYTES), opts=opts)

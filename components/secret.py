@@ -13,7 +13,8 @@ from settings.ledger import Tier
 
 @dataclass(frozen=True)
 class SecretArgs:
-    """Exactly one of `value` and `generate` (random bytes; the secret is their URL-safe base64)."""
+    """`value`, `generate` (random bytes; the secret is their URL-safe base64), or both: then `value` counts, and what
+    was generated stays in the state."""
 
     tier: Tier
     value: pulumi.Input[str] | None = None
@@ -27,9 +28,7 @@ class Secret(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: SecretArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Secret", name, None, opts)
-        if args.value is not None:
-            self.value = pulumi.Output.secret(args.value)
-        else:
+        if args.generate is not None:
             # Generated once, whatever changes later: a database's password must live as long as its volume
             # does, so it is protected with it, and another length would not reach into the database.
             generated = local.Command(
@@ -44,4 +43,6 @@ class Secret(pulumi.ComponentResource):
                 ),
             )
             self.value = pulumi.Output.secret(generated.stdout)
+        if args.value is not None:
+            self.value = pulumi.Output.secret(args.value)
         self.register_outputs({"value": self.value})

@@ -247,6 +247,8 @@ def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
     for job in jobs(places):
         for what, known in alarms(job, state.of(job), now):
             yield job, what, known
+        if job.environment in held(places):
+            yield job, "held", "not backed up by schedule: its data was yet to come back. Then: make backup"
 
 
 def ago(at: float | None, now: float) -> str:
@@ -533,6 +535,11 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
         well = True
         for job in wanted:
             well &= worked(job, state, args, every)
+        if well and not (args.due or args.job):
+            for environment in held(places) & {job.environment for job in wanted}:
+                # Somebody has said so: this is the data.
+                (places.declared / f"backup/{environment}.held").unlink()
+                print(f"{environment}: backed up by schedule from now on", file=sys.stderr)
     if args.json:
         print(json.dumps({job.key: state.of(job) for job in wanted}, indent=1))
     return 0 if well else 1
@@ -540,8 +547,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 
 def held(places: Places) -> frozenset[str]:
     """Environments whose data is yet to come: a backup of them as they are now would become the newest."""
-    files = (places.declared / "backup").glob("*.json")
-    return frozenset(file.stem for file in files if read_json(file).get("held"))
+    return frozenset(file.stem for file in (places.declared / "backup").glob("*.held"))
 
 
 def stored(wanted: Sequence[Job], name: str, data: bytes, places: Places) -> int:

@@ -65,7 +65,7 @@ class Snapshot:
 class Repository:
     """Where it is, its key, and the credentials of its target as restic's variables (`AWS_ACCESS_KEY_ID`, ...).
 
-    `append_only`: the credentials cannot delete, so nothing is let go of here.
+    `append_only`: the credentials cannot delete, so nothing is let go of here. `read_only`: they cannot even lock it.
     """
 
     url: str
@@ -73,11 +73,16 @@ class Repository:
     cache: Path
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     append_only: bool = False
+    read_only: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
         ours = {"RESTIC_REPOSITORY": self.url, "RESTIC_PASSWORD": self.password, "RESTIC_CACHE_DIR": str(self.cache)}
         return {**os.environ, "GOMAXPROCS": "2", **self.variables, **ours}
+
+    @property
+    def _restic(self) -> list[str]:
+        return ["restic", *(["--no-lock"] if self.read_only else [])]
 
     def call(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
         """Standard output of `restic words`. BackupError with the next step."""
@@ -91,7 +96,7 @@ class Repository:
     def _call(self, words: Sequence[str], seconds: float) -> str:
         try:
             done = subprocess.run(
-                ["restic", "--quiet", *words],
+                [*self._restic, "--quiet", *words],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -215,7 +220,7 @@ class Repository:
 
     def _backup(self, *words: str, tags: Sequence[str]) -> list[str]:
         tagged = [word for tag in tags for word in ("--tag", tag)]
-        return ["restic", "backup", "--json", "--host", "bulkhead", *tagged, *words]
+        return [*self._restic, "backup", "--json", "--host", "bulkhead", *tagged, *words]
 
     def _saved(self, restic: "subprocess.Popen[bytes]", tags: Sequence[str]) -> Snapshot:
         output, said = restic.communicate()
@@ -241,7 +246,7 @@ class Repository:
 
     def dump(self, snapshot: str, file: str) -> list[str]:
         """The command that prints one file of a snapshot; it needs `environment`."""
-        return ["restic", "--quiet", "dump", snapshot, file]
+        return [*self._restic, "--quiet", "dump", snapshot, file]
 
     def dump_into(self, target: IO[bytes], snapshot: str, file: str) -> None:
         """Writes one file of a snapshot into an open one. BackupError where it is not there, or not whole."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,11 @@ class Restored:
 
 
 def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float | None]:
-    """The snapshot for a time or an id; with a time that WAL goes on to, that time. BackupError where there is none."""
+    """The snapshot for a time or an id, and up to when WAL goes on from there. BackupError where there is none.
+
+    That is the time that was asked for; as far as there is WAL where it is None; not at all from a snapshot that is
+    called by its id, for which it is the snapshot's own time.
+    """
     bases = repository.snapshots(f"job:{job.name}", "kind:base")
     if not bases:
         raise BackupError(f"{job.key}: no snapshot in {repository.url}. Next step: make backup")
@@ -57,7 +61,7 @@ def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float |
         return bases[-1], None
     named = [one for one in bases if one.id.startswith(at)]
     if len(named) == 1 and len(at) >= 4:
-        return named[0], None
+        return named[0], float(named[0].facts["at"])
     try:
         moment = datetime.fromisoformat(at)
     except ValueError:
@@ -73,10 +77,22 @@ def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float |
 
 
 def wal_for(job: Job, repository: Repository, until: float | None) -> Snapshot | None:
-    """The snapshot of WAL that goes up to a time; the newest where none does or none is asked for."""
+    """The snapshot of WAL that goes up to a time; the newest where none is asked for. BackupError where none does."""
     found = repository.snapshots(f"job:{job.name}", "kind:wal")
-    reaching = [one for one in found if until is not None and one.facts["at"] >= until]
-    return reaching[0] if reaching else found[-1] if found else None
+    if until is None:
+        return found[-1] if found else None
+    if reaching := [one for one in found if one.facts["at"] >= until]:
+        return reaching[0]
+    goes = f"goes up to {local(found[-1].facts['at'])}" if found else "has not come yet"
+    raise BackupError(
+        f"{job.key}: WAL in {repository.url} {goes}, not up to {local(until)}. Next step: make backup brings "
+        "the newest; or choose an earlier time, or none for the newest"
+    )
+
+
+def local(at: float) -> str:
+    """A time as it is called on the host, and as `--at` takes it."""
+    return f"{datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 # --- into a volume
@@ -138,7 +154,8 @@ def budget(places: Places) -> str:
 
 UNPACK = 'mkdir -p "$1" && tar -x -p -f - -C "$1" && chown "$2:$3" /to "$1" && chmod 700 "$1"'
 RECOVER = (
-    'cd "$1" && cp -p postgresql.auto.conf .bulkhead.conf && printf %s "$4" >> postgresql.auto.conf && '
+    'cd "$1" && { [ ! -e .bulkhead.conf ] || mv .bulkhead.conf postgresql.auto.conf; } && '
+    'cp -p postgresql.auto.conf .bulkhead.conf && printf %s "$4" >> postgresql.auto.conf && '
     ': > recovery.signal && chown "$2:$3" recovery.signal'
 )
 RECOVERED = 'cd "$1" && mv .bulkhead.conf postgresql.auto.conf && rm -f recovery.signal'
@@ -200,16 +217,19 @@ def progress(folder: Path, size: int, say: Say) -> Iterator[None]:
 
 # --- PostgreSQL
 
+NOT_REACHED = "recovery ended before configured recovery target was reached"
+"""What PostgreSQL 13 and later end with where no commit in the WAL is later than the target's time."""
 RESTORE_COMMAND = 'cp "/wal/%f" "%p" 2>/dev/null || cp "/wal/%f.partial" "%p"'
 
 
 def restore_postgres(
     job: Job, repository: Repository, snapshot: Snapshot, until: float | None, volume: str, say: Say
 ) -> Restored:
-    """Base backup, then WAL up to a time (or all there is; a base without WAL as it is), then the server is asked."""
+    """Base backup, then WAL (see `chosen`; a base without WAL comes back as it was), then the server is asked."""
     like = template(job)
     same_version(job, like, snapshot)
-    wal = wal_for(job, repository, until) if job.wal else None
+    own = until == snapshot.facts["at"]
+    wal = None if own or not job.wal else wal_for(job, repository, until)
     size = repository.size(snapshot.id)
     need_room(mountpoint(volume), size + (repository.size(wal.id) if wal else 0))
     say(f"{job.key}: base backup {snapshot.id[:8]} of {snapshot.at:%Y-%m-%d %H:%M:%S}")
@@ -224,13 +244,30 @@ def restore_postgres(
             repository.restore(wal.id, archive)
         for file in (archive, *archive.rglob("*")):
             file.chmod(0o755 if file.is_dir() else 0o644)
-        settings = {"restore_command": RESTORE_COMMAND, "recovery_target_action": "promote"}
-        if until is not None:
-            settings["recovery_target_time"] = datetime.fromtimestamp(until, UTC).isoformat()
-        elif not wal:
-            settings["recovery_target"] = "immediate"
-        with recovery(job, snapshot, volume, settings):
-            found = asked_postgres(job, like, snapshot, wal, archive, volume, say)
+        target = {}
+        if wal is None:
+            target["recovery_target"] = "immediate"
+        elif until is not None:
+            target["recovery_target_time"] = datetime.fromtimestamp(until, UTC).isoformat()
+
+        def replayed(**target: str) -> dict[str, Any]:
+            settings = {"restore_command": RESTORE_COMMAND, "recovery_target_action": "promote"}
+            with recovery(job, snapshot, volume, settings | target):
+                return asked_postgres(job, like, snapshot, wal, archive, volume, say)
+
+        try:
+            found = replayed(**target)
+        except BackupError as error:
+            if "recovery_target_time" not in target or NOT_REACHED not in str(error):
+                raise
+            # The WAL goes beyond that time, so nothing was committed after it: all of the WAL is what was asked for.
+            say(f"{job.key}: nothing was committed after that time")
+            found = replayed()
+            if "behind" in found:
+                raise BackupError(
+                    f"{job.key}: {found['behind']}. WAL since the base backup is missing. Next step: "
+                    f"AT={snapshot.id[:8]} brings the base backup as it was"
+                ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     reached = until or (wal.facts["at"] if wal else snapshot.facts["at"])
@@ -353,7 +390,7 @@ def alive(container: Container) -> None:
     """BackupError with the end of its log where a throwaway container has ended."""
     (now,) = inspect("container", container.id)
     if now["State"]["Status"] != "running":
-        command = ["docker", "logs", "--tail=8", container.id]
+        command = ["docker", "logs", "--tail=20", container.id]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         raise BackupError(f"the restored server ended with {now['State']['ExitCode']}: {done.stdout.strip()}")
 
@@ -650,8 +687,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job", action="append", default=[], help="this volume only")
     parser.add_argument("--refresh", action="store_true", help="put a masked copy of real data into --environment")
     parser.add_argument("--drill", action="store_true", help="restore the newest, check it, throw it away")
-    parser.add_argument("--at", default="latest", help="a time, or a snapshot's id")
+    parser.add_argument("--at", default="latest", help="a time; or a snapshot's id, as it was then")
     parser.add_argument("--target", default="", help="from this target; else the first")
+    parser.add_argument("--as-caller", action="store_true", help="with the AWS_… credentials of this command")
     parser.add_argument("--to", default="", help="into a new volume of this name, and leave it there")
     parser.add_argument("--yes", action="store_true", help="put it in place of what is there")
     parser.add_argument("--lose-newer", action="store_true", help="also where that was written to since")
@@ -704,17 +742,19 @@ def one_of(wanted: Sequence[Job]) -> Job:
     return wanted[0]
 
 
-def source(job: Job, target: str) -> Repository:
+def source(job: Job, target: str, *, as_caller: bool = False) -> Repository:
+    """A target's repository; `as_caller`: with the credentials of this process, which need only read."""
     if target and target not in job.repositories:
         raise BackupError(f"{target}: no target of {job.key}; known: {', '.join(job.repositories)}")
-    return job.repositories[target] if target else next(iter(job.repositories.values()))
+    found = job.repositories[target] if target else next(iter(job.repositories.values()))
+    return replace(found, variables={}, read_only=True) if as_caller else found
 
 
 def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -> int:
     """Restores into a fresh volume; then, with --yes, in place of the old one."""
     volume = args.to or f"{job.volume}-restore-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     began = time.time()
-    done = restored(job, source(job, args.target), args.at, volume, say)
+    done = restored(job, source(job, args.target, as_caller=args.as_caller), args.at, volume, say)
     say(f"{job.key}: restored into {volume} and checked, in {time.time() - began:.1f} s: {json.dumps(summary(done))}")
     if args.to:
         return 0
@@ -752,7 +792,7 @@ def release(name: str) -> int:
 
 def searched(job: Job, args: argparse.Namespace) -> int:
     """Lists files of a snapshot, or brings one back."""
-    repository = source(job, args.target)
+    repository = source(job, args.target, as_caller=args.as_caller)
     snapshot, _ = chosen(job, repository, args.at)
     if args.file:
         target = Path(args.to or ".") / Path(args.file).name

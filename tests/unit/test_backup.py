@@ -233,15 +233,35 @@ def test_an_environment_whose_data_is_yet_to_come_is_not_backed_up_by_schedule(
 ) -> None:
     places = Places(tmp_path)
     declared(places)
-    file = places.declared / "backup/dev.json"
+    mark = places.declared / "backup/dev.held"
     due = argparse.ArgumentParser()
     backup.add_arguments(due)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"held": True}))
+    mark.touch()
     assert backup.run(due.parse_args(["--due"]), places) == 0
     assert capsys.readouterr().out == ""
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"held": False}))
+    assert "held" in {what for _, what, _ in backup.alarming(places)}
+    mark.unlink()
     assert backup.run(due.parse_args(["--due"]), places) == 1
     assert "no target" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "well", "there"),
+    [([], True, False), ([], False, True), (["--job", "data"], True, True), (["--environment", "dev"], True, False)],
+)
+def test_a_whole_backup_by_hand_says_that_the_data_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], well: bool, there: bool
+) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    mark = places.declared / "backup/dev.held"
+    mark.touch()
+    monkeypatch.setattr(backup, "worked", lambda *_: well)
+    asked = argparse.ArgumentParser()
+    backup.add_arguments(asked)
+    assert backup.run(asked.parse_args(words), places) == int(not well)
+    assert mark.exists() is there
+    assert ("held" in {what for _, what, _ in backup.alarming(places)}) is there
 
 
 def test_what_is_stored_beside_the_backups_comes_back_and_the_newest_ten_are_kept(
@@ -340,11 +360,16 @@ def test_a_time_takes_the_backup_before_it_and_wal_that_goes_beyond_it() -> None
     assert until == NOW + 120
     wal = restore.wal_for(job(), kept, until)
     assert wal is not None
+    assert restore.wal_for(job(), kept, None) == kept.found[-1]
+    with pytest.raises(BackupError, match="Next step: make backup"):
+        restore.wal_for(job(), kept, NOW + 201)
+    with pytest.raises(BackupError, match="has not come yet"):
+        restore.wal_for(job(), repository(), NOW)
     assert wal.facts["at"] == NOW + 150
     latest, until = restore.chosen(job(), kept, "latest")
     assert (latest.facts["at"], until) == (NOW + 100, None)
     by_name, until = restore.chosen(job(), kept, "aaaa")
-    assert (by_name.facts["at"], until) == (NOW, None)
+    assert (by_name.facts["at"], until) == (NOW, NOW)  # as it was: without WAL
 
 
 @pytest.mark.parametrize(

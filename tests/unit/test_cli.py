@@ -572,6 +572,9 @@ def test_settings_and_state_go_with_prods_backups_and_the_recovery_key_is_shown_
     recover.store(recorder, host, ALL, console)
     assert "key of prod" in shown(console)
     assert [(where, name) for where, name, _ in host.saved] == [("prod", "deployer")]
+    only_dev = Host()
+    recover.store(recorder, only_dev, ALL._replace(names=("host", "dev")), Console(file=io.StringIO()))
+    assert [where for where, _, _ in only_dev.saved] == ["prod"]
     again = Console(file=io.StringIO(), width=200)
     recover.store(recorder, host, ALL, again)
     assert "key of" not in shown(again)
