@@ -128,9 +128,13 @@ def backup(
     environments: Environments = None,
     service: Service = "",
     show: Annotated[bool, typer.Option("--list", help="List the snapshots instead.")] = False,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="This is the data: also after a recovery, and where a repository is gone.")
+    ] = False,
 ) -> None:
     """Back up now, whatever the schedule says: all volumes that declare it, or one."""
-    options = [*backups.words(environments, service), *(["--list"] if show else [])]
+    flags = [flag for flag, given in (("--list", show), ("--anew", anew)) if given]
+    options = [*backups.words(environments, service), *flags]
     raise typer.Exit(agent.Agent.of(ROOT).show("backup", *options))
 
 

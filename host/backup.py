@@ -6,8 +6,10 @@ counts as a backup. What is declared is `/etc/bulkhead/backup/<environment>.json
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +53,8 @@ WAIT_SECONDS = 900.0
 SLOT_BYTES = 2 * 2**30
 """WAL that a server may keep for us. Beyond it the slot is given up, and a new base backup is made: a target that is
 away must not fill prod's disk."""
+SPOOL_FREE = 0.1
+"""Share of the disk below which what is free is prod's, and not for WAL that no target takes."""
 RECORDS_BYTES = 4 * 2**20
 WAL_KEPT = {"last": 3, "daily": 2}
 """Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
@@ -141,6 +145,7 @@ def told(environment: str, declared: Mapping[str, Any], since: float, places: Pl
                 places.state / "backup/cache",
                 where["variables"],
                 where["append_only"],
+                mark=places.state / "backup/repositories" / hashlib.sha256(where["repository"].encode()).hexdigest(),
             )
             for target, where in job["targets"].items()
         }
@@ -248,7 +253,7 @@ def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
         for what, known in alarms(job, state.of(job), now):
             yield job, what, known
         if job.environment in held(places):
-            yield job, "held", "not backed up by schedule: its data was yet to come back. Then: make backup"
+            yield job, "held", "not backed up by schedule: its data was yet to come back. Then: make backup ARGS=--anew"
 
 
 def ago(at: float | None, now: float) -> str:
@@ -352,10 +357,10 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
         }
         record |= {"snapshot": snapshot.id, "new": snapshot.added, "total": snapshot.size, "facts": snapshot.facts}
         say(f"{job.key}: {snapshot.size} bytes, {snapshot.added} new, snapshot {snapshot.id[:8]}")
-    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
-        known |= {"failures": known["failures"] + 1, "error": str(error)}
-        record["error"] = str(error)
-        say(f"{job.key}: FAILED: {error}")
+    except Exception as error:  # what runs in an environment may answer anything, and other jobs wait for this one
+        known |= {"failures": known["failures"] + 1, "error": said_of(error)}
+        record["error"] = said_of(error)
+        say(f"{job.key}: FAILED: {said_of(error)}")
     record["end"] = time.time()
     state.record(record)
     return "error" not in record
@@ -410,7 +415,7 @@ def take_postgres(job: Job, repository: Repository, hurry: bool) -> Snapshot:
     """A base backup with all the WAL that it needs, and the rows that every table had just before."""
     server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
     if job.wal:
-        server.hold(SLOT_BYTES)
+        server.hold()
     facts = server.facts() | {
         "at": time.time(),
         "position": server.position(),
@@ -444,31 +449,74 @@ TAKE: Mapping[str, Callable[[Job, Repository, bool], Snapshot]] = {
 }
 
 
-def archive(job: Job, state: State, say: Callable[[str], None]) -> bool:
+def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], None]) -> bool:
     """Brings the WAL that is new into all targets. A gap in it makes a new base backup due."""
     known, started = state.of(job), time.time()
+    unsaved = set(known.get("unsaved") or ())
     try:
         server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-        server.hold(SLOT_BYTES)
+        if same_cluster(job, server):
+            gap = ""
+        else:
+            begun_anew(job, state)
+            gap = "another cluster is in the volume"
+        server.hold()
         position = server.position()
-        copied, gap = server.archive(job.spool)
-        if gap:
-            known |= {
-                "wanted": True,
-                "gap": f"WAL is missing before {ago(started, started)}; a new base backup follows",
-            }
+        # First: what is copied is not kept by the server any more, and is in no target if this ends in between.
+        known["unsaved"] = [repository.url for repository in job.targets]
+        state.save(every)
+        try:
+            copied, missing = server.archive(job.spool)
+        finally:
+            server.let_go(SLOT_BYTES)
+        if full(job.spool):
+            shutil.rmtree(job.spool)
+            missing = True
+        if gap or missing:
+            gap = gap or f"WAL is missing before {ago(started, started)}"
+            known |= {"wanted": True, "gap": f"{gap}; a new base backup follows"}
             say(f"{job.key}: {known['gap']}")
-        if copied:
-            for repository in job.targets:
+        for repository in job.targets:
+            if (copied or repository.url in unsaved) and job.spool.exists():
                 facts = {"engine": "postgres", "at": started, "position": position}
                 repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
+            known["unsaved"].remove(repository.url)
         known |= {"wal_at": started, "wal_error": None}
-    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
-        known |= {"wal_error": str(error)}
-        say(f"{job.key}: WAL: FAILED: {error}")
-        state.record({"job": job.key, "kind": "wal", "start": started, "end": time.time(), "error": str(error)})
+    except Exception as error:
+        known |= {"wal_error": said_of(error)}
+        say(f"{job.key}: WAL: FAILED: {said_of(error)}")
+        state.record({"job": job.key, "kind": "wal", "start": started, "end": time.time(), "error": said_of(error)})
         return False
     return True
+
+
+def said_of(error: Exception) -> str:
+    """An error in words; of one that nobody has foreseen, its kind too."""
+    foreseen = (BackupError, Undecided, OSError, subprocess.SubprocessError)
+    return str(error) if isinstance(error, foreseen) else f"{type(error).__name__}: {error}"
+
+
+def same_cluster(job: Job, server: Postgres) -> bool:
+    """Whether the cluster is the one whose WAL is on the host, which is known from now on."""
+    file, now = job.folder / "cluster", server.cluster()
+    before = file.read_text() if file.exists() else now
+    if before != now or not file.exists():
+        write(file, now)
+    return before == now
+
+
+def full(spool: Path) -> bool:
+    """Whether the WAL on the host takes the last of its disk, since no target has taken it for too long."""
+    usage = shutil.disk_usage(spool)
+    held = sum(file.stat().st_size for file in spool.iterdir())
+    return usage.free < usage.total * SPOOL_FREE and held > SLOT_BYTES
+
+
+def begun_anew(job: Job, state: State) -> None:
+    """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
+    state.of(job)["wanted"] = True
+    if job.spool.exists():
+        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
 
 
 def trim(job: Job) -> None:
@@ -480,6 +528,9 @@ def trim(job: Job) -> None:
         for segment in job.spool.glob("*"):
             if engines.SEGMENT.fullmatch(segment.name) and segment.stat().st_mtime < oldest - 3600:
                 segment.unlink()
+        for other in job.folder.glob("wal-*"):
+            if other.stat().st_mtime < oldest - 3600:
+                shutil.rmtree(other)
 
 
 # --- the verb
@@ -492,6 +543,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="store_true", help="end the run that goes on")
     parser.add_argument("--background", action="store_true", help="in a process of its own")
     parser.add_argument("--store", metavar="NAME", default="", help="standard input, with the backups of --environment")
+    parser.add_argument("--anew", action="store_true", help="this is the data: into a new repository where one is gone")
     parser.add_argument("--list", action="store_true", help="the snapshots, newest last")
     parser.add_argument("--verified", action="store_true", help="when each volume's was last checked, as JSON")
     parser.add_argument("--json", action="store_true", help="the report for a program")
@@ -533,13 +585,20 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
             return 0 if args.due else 2
         state = State(places)
         well = True
-        for job in wanted:
+        for environment in sorted(held(places) & {job.environment for job in wanted}):
+            if not args.anew:
+                print(
+                    f"{environment}: its data was yet to come back. Next step: make restore for each volume; then, "
+                    f"or if this is the data: make backup ENV={environment} ARGS=--anew",
+                    file=sys.stderr,
+                )
+                return 1
+            (places.declared / f"backup/{environment}.held").unlink()
+        for mark in (one.mark for job in wanted for one in job.targets if args.anew):
+            if mark:
+                mark.unlink(missing_ok=True)
+        for job in sorted(wanted, key=lambda job: job.environment in best_effort(places)):
             well &= worked(job, state, args, every)
-        if well and not (args.due or args.job):
-            for environment in held(places) & {job.environment for job in wanted}:
-                # Somebody has said so: this is the data.
-                (places.declared / f"backup/{environment}.held").unlink()
-                print(f"{environment}: backed up by schedule from now on", file=sys.stderr)
     if args.json:
         print(json.dumps({job.key: state.of(job) for job in wanted}, indent=1))
     return 0 if well else 1
@@ -548,6 +607,15 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 def held(places: Places) -> frozenset[str]:
     """Environments whose data is yet to come: a backup of them as they are now would become the newest."""
     return frozenset(file.stem for file in (places.declared / "backup").glob("*.held"))
+
+
+def best_effort(places: Places) -> frozenset[str]:
+    """Environments whose backups come after the others'."""
+    try:
+        environments = read_json(places.declared / "host.json")["environments"]
+    except Undecided:
+        return frozenset()
+    return frozenset(name for name, one in environments.items() if one["tier"] == "best-effort")
 
 
 def stored(wanted: Sequence[Job], name: str, data: bytes, places: Places) -> int:
@@ -595,7 +663,7 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
             known["gap"] = None
         state.save(every)
     if job.wal:
-        archived = archive(job, state, say)
+        archived = archive(job, state, every, say)
         if archived and known.get("trimmed") != known.get("snapshot"):
             trim(job)
             known["trimmed"] = known.get("snapshot")

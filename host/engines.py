@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from host.machine import START_ENGINE, Places, Undecided, ask, inspect
 from host.restic import BackupError
@@ -121,7 +121,7 @@ class Postgres:
 
     def facts(self) -> dict[str, Any]:
         """What is needed to start it again on another volume, when nothing of it runs any more."""
-        owner, mount = self.folder.stat(), str(self.container.mount(self.volume))
+        owner, mount = self.folder.lstat(), str(self.container.mount(self.volume))
         return {
             "engine": "postgres",
             "version": int(self.query("show server_version_num")),
@@ -149,8 +149,10 @@ class Postgres:
         if mount is None or not data.is_relative_to(mount):
             raise BackupError(f"the cluster {data} of {container.inspected['Name']} is not in volume {volume}")
         folder = mountpoint(volume) / data.relative_to(mount)
-        lines = (folder / "postmaster.pid").read_text().splitlines()
-        uid = folder.stat().st_uid
+        lines = read_inside(mountpoint(volume), folder / "postmaster.pid").splitlines()
+        if len(lines) < 5 or not lines[3].strip().isdigit():
+            raise BackupError(f"{container.inspected['Name']}: PostgreSQL is still starting. It is tried again")
+        uid = folder.lstat().st_uid
         argv = process.joinpath("cmdline").read_bytes().decode().rstrip("\0").split("\0")
         names = container.said("id", "-un", str(uid)).strip()
         return cls(
@@ -197,14 +199,25 @@ class Postgres:
         """Up to where the WAL is on the disk: all that has been committed is before it."""
         return self.query("select pg_current_wal_flush_lsn()")
 
-    def hold(self, most: int) -> None:
-        """Sees that the server keeps its WAL until it is archived, `most` bytes at most: prod's disk comes first."""
-        state = self.query("select wal_status, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) " + OUR_SLOT)
-        if state and (state.startswith("lost") or float(state.rpartition("|")[2] or 0) > most):
+    def cluster(self) -> str:
+        """Which cluster it is: another one has another history, whatever its WAL is called."""
+        return self.query("select system_identifier from pg_control_system()")
+
+    def hold(self) -> None:
+        """Sees that the server keeps its WAL until it is archived."""
+        state = self.query("select wal_status " + OUR_SLOT)
+        if state.startswith("lost"):
             self.query(f"select pg_drop_replication_slot('{SLOT}')")
             state = ""
         if not state:
             self.query(f"select pg_create_physical_replication_slot('{SLOT}', true)")
+
+    def let_go(self, most: int) -> None:
+        """Gives up what is not archived where that is more than so many bytes: prod's disk comes first."""
+        self.query(
+            f"select pg_drop_replication_slot('{SLOT}') {OUR_SLOT} "
+            f"and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most}"
+        )
 
     def archive(self, spool: Path) -> tuple[int, bool]:
         """Copies the WAL that is new into a folder. Returns how many files are new, and whether there is a gap.
@@ -282,13 +295,29 @@ def opened(root: Path, folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def file_in(folder: int, name: str) -> Iterator[IO[bytes]]:
+    """A regular file of an opened folder: no link, and nothing that one could wait for. BackupError for another."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError as error:
+        raise BackupError(f"{name}: {error.strerror}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BackupError(f"{name}: not a file")
+        yield file
+
+
+def read_inside(root: Path, path: Path, most: int = 4096) -> str:
+    """The beginning of a small file in a volume, whose files are whoever's who runs there. BackupError."""
+    with opened(root, path.parent) as folder, file_in(folder, path.name) as file:
+        return file.read(most).decode(errors="replace")
+
+
 def copied_from(folder: int, name: str, target: Path) -> int:
     """Copies a file unless the copy is of the same time: 1 if it did. In one step, with the time that it had before."""
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
-    with os.fdopen(descriptor, "rb") as source:
-        now = os.fstat(descriptor)
-        if not stat.S_ISREG(now.st_mode):
-            raise BackupError(f"{name}: not a file")
+    with file_in(folder, name) as source:
+        now = os.fstat(source.fileno())
         if target.exists() and target.stat().st_mtime_ns == now.st_mtime_ns:
             return 0
         draft = target.with_name(f".{target.name}")

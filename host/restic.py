@@ -5,12 +5,13 @@ import base64
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from host.machine import Undecided
 
@@ -32,6 +33,8 @@ STEPS = (
     (("wrong password or no key found",), "this is another repository's key: see docs/runbooks/lost-key.md"),
 )
 ANSWER_SECONDS = 600
+INCOMPLETE = 3
+"""restic's exit code for a snapshot without some of what was to be in it."""
 GIVE_UP_SECONDS = 2.0
 
 
@@ -66,6 +69,7 @@ class Repository:
     """Where it is, its key, and the credentials of its target as restic's variables (`AWS_ACCESS_KEY_ID`, ...).
 
     `append_only`: the credentials cannot delete, so nothing is let go of here. `read_only`: they cannot even lock it.
+    `mark`: a file that says that it has been there; it is not begun anew then where it is gone.
     """
 
     url: str
@@ -74,11 +78,17 @@ class Repository:
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     append_only: bool = False
     read_only: bool = False
+    mark: Path | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         ours = {"RESTIC_REPOSITORY": self.url, "RESTIC_PASSWORD": self.password, "RESTIC_CACHE_DIR": str(self.cache)}
         return {**os.environ, "GOMAXPROCS": "2", **self.variables, **ours}
+
+    @property
+    def incomplete(self) -> Path:
+        """A file with the ids of snapshots that have holes, and could not be removed."""
+        return self.cache.with_name("incomplete")
 
     @property
     def _restic(self) -> list[str]:
@@ -124,6 +134,11 @@ class Repository:
         if error.refused:
             return False
         if error.absent:
+            if self.mark and self.mark.exists():
+                raise BackupError(
+                    f"{self.url}: the repository was there, and is gone. Next step: mount its disk, or bring it back; "
+                    "to begin a new one: make backup ENV=… ARGS=--anew"
+                )
             self.init()
             return True
         if LOCKED in str(error):
@@ -210,27 +225,43 @@ class Repository:
             return self._saved(restic, tags)
 
     def save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
-        """A snapshot of a folder; what has not changed since the one before is not read again."""
+        """A snapshot of a folder, by its name, with its owner and mode; what has not changed is not read again."""
         return self._again(lambda: self._save_folder(folder, tags))
 
     def _save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
-        command = self._backup("--ignore-inode", ".", tags=tags)
-        with _running(command, self.environment, subprocess.DEVNULL, folder) as restic:
+        command = self._backup("--ignore-inode", folder.name, tags=tags)
+        with _running(command, self.environment, subprocess.DEVNULL, folder.parent) as restic:
             return self._saved(restic, tags)
 
     def _backup(self, *words: str, tags: Sequence[str]) -> list[str]:
         tagged = [word for tag in tags for word in ("--tag", tag)]
-        return [*self._restic, "backup", "--json", "--host", "bulkhead", *tagged, *words]
+        return [*self._restic, "--quiet", "backup", "--json", "--host", "bulkhead", *tagged, *words]
 
-    def _saved(self, restic: "subprocess.Popen[bytes]", tags: Sequence[str]) -> Snapshot:
-        output, said = restic.communicate()
-        if restic.returncode:
-            raise self.error("backup", said.decode(errors="replace"))
+    def _saved(self, restic: "Running", tags: Sequence[str]) -> Snapshot:
+        code, output, said = restic.ended()
         told = [json.loads(line) for line in output.splitlines() if line.startswith(b"{")]
-        summary = next(line for line in reversed(told) if line.get("message_type") == "summary")
+        summary: dict[str, Any] = next((line for line in reversed(told) if line.get("message_type") == "summary"), {})
+        if code == INCOMPLETE and summary and not _missed(said):
+            pass  # files that were removed meanwhile are no part of what there was
+        elif code:
+            error = self.error("backup", said.decode(errors="replace"))
+            if made := summary.get("snapshot_id"):
+                # It is there, with holes, and must never be taken for a backup.
+                self.incomplete.parent.mkdir(parents=True, exist_ok=True)
+                with self.incomplete.open("a") as file:
+                    file.write(f"{made}\n")
+                with suppress(BackupError):
+                    self.call("forget", *([] if self.append_only else ["--prune"]), made)
+            raise error
         now = datetime.now(UTC).isoformat()
+        self._seen()
         made = _snapshot({"id": summary["snapshot_id"], "time": now, "tags": list(tags)})
         return replace(made, size=summary["total_bytes_processed"], added=summary["data_added"])
+
+    def _seen(self) -> None:
+        if self.mark:
+            self.mark.parent.mkdir(parents=True, exist_ok=True)
+            self.mark.touch()
 
     # --- finding and bringing back
 
@@ -238,7 +269,8 @@ class Repository:
         """Those that have all these tags, the oldest first."""
         words = ["--tag", ",".join(tags)] if tags else []
         found = json.loads(self.call("snapshots", "--json", *words)) or []
-        return sorted((_snapshot(one) for one in found), key=lambda one: one.at)
+        holes = set(self.incomplete.read_text().split()) if self.incomplete.exists() else set()
+        return sorted((_snapshot(one) for one in found if one["id"] not in holes), key=lambda one: one.at)
 
     def restore(self, snapshot: str, into: Path) -> None:
         """All of a snapshot's files, into a folder."""
@@ -278,11 +310,32 @@ class Repository:
         """Copies snapshots of another repository that are not here yet."""
         theirs = {"RESTIC_FROM_REPOSITORY": other.url, "RESTIC_FROM_PASSWORD": other.password}
         joined = Repository(self.url, self.password, self.cache, {**other.variables, **self.variables, **theirs})
-        joined.call("copy", *snapshots, seconds=24 * 3600)
+        try:
+            joined.call("copy", *snapshots, seconds=24 * 3600)
+        except BackupError as error:
+            if not self.prepared(error):
+                raise
+            joined.call("copy", *snapshots, seconds=24 * 3600)
+        self._seen()
 
     def check(self) -> None:
         """Reads everything and compares it with its checksums. BackupError for what is damaged."""
         self.call("check", "--read-data", seconds=24 * 3600)
+
+
+class Running(NamedTuple):
+    """restic as a process, and files for what it says: a pipe would be full before its input has ended."""
+
+    process: "subprocess.Popen[bytes]"
+    output: IO[bytes]
+    errors: IO[bytes]
+
+    def ended(self) -> tuple[int, bytes, bytes]:
+        """Waits for it: its exit code, and what it said."""
+        code = self.process.wait()
+        for file in (self.output, self.errors):
+            file.seek(0)
+        return code, self.output.read(), self.errors.read()
 
 
 def tags(job: str, kind: str, facts: Mapping[str, Any]) -> list[str]:
@@ -300,10 +353,17 @@ def _snapshot(listed: Mapping[str, Any]) -> Snapshot:
     return Snapshot(str(listed["id"]), at, kind, facts)
 
 
-def _ends(restic: "subprocess.Popen[bytes]") -> bool:
+def _missed(said: bytes) -> bool:
+    """Whether restic could not read something that is there; what is gone meanwhile does not count."""
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if '"message_type":"error"' in line or line.startswith("error:")]
+    return not errors or any("no such file or directory" not in line for line in errors)
+
+
+def _ends(restic: Running) -> bool:
     """Whether restic ends though its input is still open: what fed it then failed because restic did."""
     try:
-        restic.wait(GIVE_UP_SECONDS)
+        restic.process.wait(GIVE_UP_SECONDS)
     except subprocess.TimeoutExpired:
         return False
     return True
@@ -312,20 +372,16 @@ def _ends(restic: "subprocess.Popen[bytes]") -> bool:
 @contextmanager
 def _running(
     command: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | int, folder: Path | None = None
-) -> Iterator["subprocess.Popen[bytes]"]:
+) -> Iterator[Running]:
     """restic, which does not outlive the body."""
-    try:
-        child = subprocess.Popen(
-            command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
-        )
-    except FileNotFoundError:
-        raise Undecided("restic is not installed. Next step: apt-get install restic") from None
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait()
-        for stream in (child.stdout, child.stderr):
-            if stream:
-                stream.close()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            child = subprocess.Popen(command, env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder)
+        except FileNotFoundError:
+            raise Undecided("restic is not installed. Next step: apt-get install restic") from None
+        try:
+            yield Running(child, output, errors)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()

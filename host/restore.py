@@ -19,7 +19,7 @@ from typing import Any
 
 from host import engines
 from host.backup import RESTORE_LABEL as LABEL
-from host.backup import WAIT_SECONDS, Job, State, alone, holder, jobs
+from host.backup import WAIT_SECONDS, Job, State, alone, begun_anew, holder, jobs, said_of
 from host.engines import Container, mountpoint
 from host.keep import BEST_EFFORT, used
 from host.machine import START_ENGINE, Places, Undecided, ask, inspect, read_json
@@ -100,7 +100,9 @@ def local(at: float) -> str:
 
 @contextmanager
 def volume_made(name: str, job: Job) -> Iterator[str]:
-    """A fresh volume, which goes again if the body fails."""
+    """A fresh volume, which goes again if the body fails. BackupError where there is one of that name: it stays."""
+    if name in ask(["docker", "volume", "ls", "--quiet"], START_ENGINE).split():
+        raise BackupError(f"volume {name} is there already. Next step: another name, or docker volume rm {name}")
     ask(["docker", "volume", "create", "--label", f"{LABEL}={job.key}", name], START_ENGINE)
     try:
         yield name
@@ -241,7 +243,7 @@ def restore_postgres(
         archive.mkdir()
         if wal:
             say(f"{job.key}: WAL up to {wal.at:%Y-%m-%d %H:%M:%S}")
-            repository.restore(wal.id, archive)
+            repository.restore(wal.id, folder)
         for file in (archive, *archive.rglob("*")):
             file.chmod(0o755 if file.is_dir() else 0o644)
         target = {}
@@ -459,7 +461,8 @@ def restore_files(
     folder, size = mountpoint(volume), repository.size(snapshot.id)
     need_room(folder, size)
     with progress(folder, size, say):
-        repository.call("restore", snapshot.id, "--target", str(folder), "--verify", seconds=RECOVERY_SECONDS)
+        # The folder itself is in the snapshot, with its owner and mode.
+        repository.call("restore", snapshot.id, "--target", str(folder.parent), "--verify", seconds=RECOVERY_SECONDS)
     found: dict[str, Any] = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "problems": []}
     if check := job.declared.get("verify"):
         like = template(job)
@@ -525,13 +528,6 @@ def swapped(done: Restored, say: Say) -> str:
         ) from None
     ask(["docker", "volume", "rm", done.volume], START_ENGINE)
     return kept
-
-
-def begun_anew(job: Job, state: State) -> None:
-    """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
-    state.of(job)["wanted"] = True
-    if job.spool.exists():
-        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
 
 
 def exchanged(volume: str, new: str, kept: str) -> None:
@@ -654,7 +650,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
         for target, repository in job.repositories.items():
             say(f"{job.key}: restoring the newest backup from {target}")
             started_at = time.time()
-            name = f"{job.volume}-drill-{os.getpid()}"
+            name = f"{job.volume}-drill-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
             done = restored(job, repository, "latest", name, say)
             ask(["docker", "volume", "rm", name], START_ENGINE)
             record[target] = {
@@ -671,9 +667,9 @@ def drilled(job: Job, state: State, say: Say) -> bool:
             "rpo": max(record[target]["rpo"] for target in job.repositories),
         }
         say(f"{job.key}: verified: back in {known['rto']:.1f} s, data of {known['rpo']:.0f} s before")
-    except (BackupError, Undecided, OSError, subprocess.SubprocessError) as error:
-        known["drill_error"] = record["error"] = str(error)
-        say(f"{job.key}: DRILL FAILED: {error}")
+    except Exception as error:
+        known["drill_error"] = record["error"] = said_of(error)
+        say(f"{job.key}: DRILL FAILED: {said_of(error)}")
     record["end"] = time.time()
     state.record(record)
     return "error" not in record
@@ -794,17 +790,18 @@ def searched(job: Job, args: argparse.Namespace) -> int:
     """Lists files of a snapshot, or brings one back."""
     repository = source(job, args.target, as_caller=args.as_caller)
     snapshot, _ = chosen(job, repository, args.at)
+    top = f"/{mountpoint(job.volume).name}" if job.engine == "files" else ""
     if args.file:
         target = Path(args.to or ".") / Path(args.file).name
         with target.open("xb") as file:
             try:
-                repository.dump_into(file, snapshot.id, args.file)
+                repository.dump_into(file, snapshot.id, f"{top}/{args.file.lstrip('/')}")
             except BackupError:
                 target.unlink()
                 raise
         say(f"{target}: {target.stat().st_size} bytes of snapshot {snapshot.id[:8]}")
         return 0
-    for path in repository.files(snapshot.id):
+    for path in (path.removeprefix(top) for path in repository.files(snapshot.id)):
         if Path(path).match(args.find):
             say(f"{snapshot.id[:8]}  {path}")
     return 0

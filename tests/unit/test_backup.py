@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -245,23 +245,75 @@ def test_an_environment_whose_data_is_yet_to_come_is_not_backed_up_by_schedule(
     assert "no target" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "well", "there"),
-    [([], True, False), ([], False, True), (["--job", "data"], True, True), (["--environment", "dev"], True, False)],
-)
-def test_a_whole_backup_by_hand_says_that_the_data_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], well: bool, there: bool
+def test_data_that_is_yet_to_come_back_is_backed_up_when_somebody_says_that_this_is_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = Places(tmp_path)
     declared(places)
     mark = places.declared / "backup/dev.held"
     mark.touch()
-    monkeypatch.setattr(backup, "worked", lambda *_: well)
+    monkeypatch.setattr(backup, "worked", lambda *_: True)
     asked = argparse.ArgumentParser()
     backup.add_arguments(asked)
-    assert backup.run(asked.parse_args(words), places) == int(not well)
-    assert mark.exists() is there
-    assert ("held" in {what for _, what, _ in backup.alarming(places)}) is there
+    assert backup.run(asked.parse_args([]), places) == 1
+    assert "make restore for each volume" in capsys.readouterr().err
+    assert mark.exists()
+    assert backup.run(asked.parse_args(["--anew"]), places) == 0
+    assert not mark.exists()
+    assert "held" not in {what for _, what, _ in backup.alarming(places)}
+
+
+def test_protected_environments_are_backed_up_first_and_a_job_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(tmp_path)
+    declared(places)
+    file = places.declared / "backup/dev.json"
+    file.with_name("prod.json").write_text(file.read_text())
+    environments = {"dev": {"tier": "best-effort"}, "prod": {"tier": "protected"}}
+    (places.declared / "host.json").write_text(json.dumps({"environments": environments}))
+    order: list[str] = []
+
+    def saved(job: Job, **_: bool) -> Snapshot:
+        order.append(job.environment)
+        if job.environment == "prod":
+            raise IndexError("an odd answer")
+        return snapshot("a", NOW)
+
+    monkeypatch.setattr(backup, "saved", saved)
+    monkeypatch.setattr(backup, "unpruned", lambda *_: None)
+    asked = argparse.ArgumentParser()
+    backup.add_arguments(asked)
+    assert backup.run(asked.parse_args([]), places) == 1
+    assert order == ["prod", "dev"]
+    told = {job.environment: known for job, what, known in backup.alarming(places) if what == "failed"}
+    assert told == {"prod": "1 times: IndexError: an odd answer"}
+
+
+def test_a_repository_that_was_there_and_is_gone_is_not_begun_anew_by_itself(tmp_path: Path) -> None:
+    """Its disk is not mounted: what would be backed up to is the folder below."""
+    source = tmp_path / "source"
+    source.mkdir()
+    target = {"repository": str(tmp_path / "target"), "variables": {}, "append_only": False}
+    places = Places(tmp_path)
+    declared(places, targets={"disk": target})
+    (one,) = backup.jobs(places)
+    (repository,) = one.targets
+    repository.save_folder(source, ["job:j"])
+    away = tmp_path / "away"
+    Path(repository.url).rename(away)
+    for _ in range(2):
+        with pytest.raises(BackupError, match="make backup ENV=… ARGS=--anew"):
+            repository.save_folder(source, ["job:j"])
+    assert not Path(repository.url).exists()
+    assert repository.mark
+    repository.mark.unlink()
+    repository.save_folder(source, ["job:j"])
+    Path(repository.url, "config").unlink()
+    (tmp_path / "second").mkdir()
+    second = replace(repository, url=str(tmp_path / "second"), mark=None)
+    second.copy_from(replace(repository, url=str(away)))  # which is made by that
+    assert len(second.snapshots()) == 1
 
 
 def test_what_is_stored_beside_the_backups_comes_back_and_the_newest_ten_are_kept(
@@ -317,8 +369,26 @@ def test_no_link_in_a_volume_leads_root_to_a_file_of_the_host(tmp_path: Path) ->
     (volume / "15/pg_wal").unlink()
     (volume / "15/pg_wal").mkdir()
     (volume / "15/pg_wal/000000010000000000000001").symlink_to("/etc/hostname")
-    with engines.opened(volume, volume / "15/pg_wal") as folder, pytest.raises(OSError, match="symbolic links"):
+    with engines.opened(volume, volume / "15/pg_wal") as folder, pytest.raises(BackupError, match="symbolic links"):
         engines.copied_from(folder, "000000010000000000000001", tmp_path / "copy")
+
+
+def test_what_is_no_file_holds_up_nothing_and_a_file_is_read_only_as_far_as_it_should_be_long(tmp_path: Path) -> None:
+    """Who runs in an environment owns what is in its volumes: a pipe there would be waited for without end."""
+    os.mkfifo(tmp_path / "00000002.history")
+    os.mkfifo(tmp_path / "postmaster.pid")
+    with engines.opened(tmp_path, tmp_path) as folder, pytest.raises(BackupError, match="not a file"):
+        engines.copied_from(folder, "00000002.history", tmp_path / "copy")
+    with pytest.raises(BackupError, match="not a file"):
+        engines.read_inside(tmp_path, tmp_path / "postmaster.pid")
+    (tmp_path / "postmaster.pid").unlink()
+    (tmp_path / "postmaster.pid").symlink_to("/etc/passwd")
+    with pytest.raises(BackupError, match="symbolic links"):
+        engines.read_inside(tmp_path, tmp_path / "postmaster.pid")
+    (tmp_path / "long").write_text("x" * 10_000)
+    assert len(engines.read_inside(tmp_path, tmp_path / "long")) == 4096
+    with pytest.raises(BackupError, match="No such file"):
+        engines.read_inside(tmp_path, tmp_path / "gone")
 
 
 def test_redis_keys_are_those_of_all_databases() -> None:
@@ -472,14 +542,77 @@ def test_a_folder_comes_back_and_unchanged_data_adds_next_to_nothing(real: Repos
     source, there = tmp_path / "source", tmp_path / "there"
     (source / "deep").mkdir(parents=True)
     (source / "deep/file").write_bytes(os.urandom(200_000))
+    source.chmod(0o2775)
     first = real.save_folder(source, restic.tags("j", "base", {"at": 1}))
     second = real.save_folder(source, restic.tags("j", "base", {"at": 2}))
     assert first.added >= 200_000
     assert second.added < 10_000
     there.mkdir()
     real.restore(second.id, there)
-    assert (there / "deep/file").read_bytes() == (source / "deep/file").read_bytes()
-    assert list(real.files(second.id)) == ["/deep/file"]
+    assert (there / "source/deep/file").read_bytes() == (source / "deep/file").read_bytes()
+    assert (there / "source").stat().st_mode == source.stat().st_mode
+    assert list(real.files(second.id)) == ["/source/deep/file"]
+
+
+def test_an_empty_folder_is_backed_up_too(real: Repository, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert real.save_folder(tmp_path / "empty", ["job:j"]).size == 0
+
+
+RESTIC = """#!/bin/sh
+echo "$*" >> {asked}
+case "$*" in
+  *"backup --json"*)
+    yes '{{"message_type":"status"}}' | head -n 30000
+    echo '{{"message_type":"summary","snapshot_id":"abc","total_bytes_processed":1,"data_added":1}}'
+    echo '{{"message_type":"error","error":{{}},"item":"f: {said}"}}' >&2
+    exit 3;;
+  *snapshots*) echo '[{{"id":"abc","time":"2026-11-25T10:00:00Z"}},{{"id":"def","time":"2026-11-25T10:00:00Z"}}]';;
+esac
+"""
+
+
+@pytest.fixture
+def restic_that_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A restic that says so much while it runs that a full pipe would hold it, and could not read one file."""
+
+    def made(said: str) -> Path:
+        asked, program = tmp_path / "asked", tmp_path / "bin/restic"
+        program.parent.mkdir()
+        program.write_text(RESTIC.format(asked=asked, said=said))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        return asked
+
+    return made
+
+
+def test_files_that_are_removed_meanwhile_make_no_backup_incomplete(
+    real: Repository, tmp_path: Path, restic_that_misses: Callable[[str], Path]
+) -> None:
+    restic_that_misses("no such file or directory")
+    assert real.save_folder(tmp_path, ["job:j"]).id == "abc"
+    assert len(real.snapshots()) == 2
+
+
+@pytest.mark.parametrize("append_only", [False, True])
+def test_a_snapshot_with_holes_is_no_backup_and_is_never_chosen(
+    real: Repository, tmp_path: Path, restic_that_misses: Callable[[str], Path], append_only: bool
+) -> None:
+    asked = restic_that_misses("input/output error")
+    one = replace(real, append_only=append_only)
+    with pytest.raises(BackupError, match="input/output error"):
+        one.save_folder(tmp_path, ["job:j"])
+    assert f"forget {'' if append_only else '--prune '}abc" in asked.read_text()
+    assert [found.id for found in one.snapshots()] == ["def"]
+
+
+def test_a_long_stream_does_not_wait_for_somebody_to_read_what_restic_says(
+    real: Repository, restic_that_misses: Callable[[str], Path]
+) -> None:
+    asked = restic_that_misses("no such file or directory")
+    real.save_stream(["head", "-c", "1000000", "/dev/zero"], "base.tar", ["job:j"], 30)
+    assert asked.read_text().startswith("--quiet backup")
 
 
 def test_another_key_opens_nothing_and_the_error_says_what_to_do(real: Repository) -> None:
