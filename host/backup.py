@@ -455,9 +455,8 @@ def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], N
     unsaved = set(known.get("unsaved") or ())
     try:
         server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-        if same_cluster(job, server):
-            gap = ""
-        else:
+        gap = ""
+        if not same_cluster(job, server):
             begun_anew(job, state)
             gap = "another cluster is in the volume"
         server.hold()
@@ -515,8 +514,9 @@ def full(spool: Path) -> bool:
 def begun_anew(job: Job, state: State) -> None:
     """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
     state.of(job)["wanted"] = True
+    (job.folder / "cluster").unlink(missing_ok=True)
     if job.spool.exists():
-        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"))
 
 
 def trim(job: Job) -> None:
@@ -554,7 +554,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
     os.umask(0o077)
     if args.stop:
         return stop(places)
-    import_module("host.restore")  # all of the program, before a deploy puts another in its place
+    restore = import_module("host.restore")  # all of the program, before a deploy puts another in its place
     try:
         every, wanted = jobs(places), jobs(places, args.environment, args.job)
     except BackupError as error:
@@ -570,7 +570,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
     if args.due:
         under_way = deploying(places) | held(places)
         wanted = [job for job in wanted if job.environment not in under_way and is_due(job, state, now)]
-        if not wanted:
+        if not wanted and not restore.interrupted(places):
             state.save(every)
             return 0
     if args.background:
@@ -585,6 +585,9 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
             return 0 if args.due else 2
         state = State(places)
         well = True
+        for intent in restore.interrupted(places):
+            print(f"{intent.parent.name}: putting the old data back, since a restore was interrupted")
+            restore.undone(intent)
         for environment in sorted(held(places) & {job.environment for job in wanted}):
             if not args.anew:
                 print(

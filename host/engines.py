@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from host.machine import START_ENGINE, Places, Undecided, ask, inspect
+from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect
 from host.restic import BackupError
 
 LABEL, SERVICE = "bulkhead.environment", "bulkhead.service"
@@ -58,10 +58,13 @@ class Container:
         options = [*(["--user", user] if user else []), *(["--interactive"] if interactive else [])]
         return ["docker", "exec", *options, *(word for name in variables for word in ("--env", name)), self.id, *words]
 
-    def said(self, *words: str, user: str = "", variables: Mapping[str, str] = {}) -> str:
-        """What a command in it prints. BackupError where it fails."""
+    def said(
+        self, *words: str, user: str = "", variables: Mapping[str, str] = {}, seconds: float = ANSWER_SECONDS
+    ) -> str:
+        """What a command in it prints. BackupError where it fails, or takes longer than `seconds`."""
+        command = self.command(*words, user=user, variables=variables)
         try:
-            return ask(self.command(*words, user=user, variables=variables), "see docker logs", variables)
+            return ask(command, "see docker logs", variables, seconds=seconds)
         except Undecided as error:
             raise BackupError(str(error)) from None
 

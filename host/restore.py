@@ -22,10 +22,12 @@ from host.backup import RESTORE_LABEL as LABEL
 from host.backup import WAIT_SECONDS, Job, State, alone, begun_anew, holder, jobs, said_of
 from host.engines import Container, mountpoint
 from host.keep import BEST_EFFORT, used
-from host.machine import START_ENGINE, Places, Undecided, ask, inspect, read_json
+from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect, read_json, write
 from host.restic import BackupError, Repository, Snapshot
 
 KEPT = "bulkhead.kept"
+INTENT = "exchange.json"
+"""In a job's folder, while its volume changes places with a restored one."""
 HEALTHY_SECONDS, RECOVERY_SECONDS = 180.0, 6 * 3600.0
 PROGRESS_SECONDS = 2.0
 ROOM = 1.1
@@ -33,6 +35,8 @@ ROOM = 1.1
 SLACK = 0.01
 """Part of a table's rows by which it may be smaller than at the time of its backup, and still count as restored: rows
 are deleted too while WAL is written."""
+KEYS = 0.5
+"""Part of the keys that do not expire which a restored Redis has at least."""
 SOCKET = "/tmp"  # noqa: S108 - in a container of its own
 Say = Callable[[str], None]
 
@@ -316,9 +320,9 @@ def postgres_on(
     command = throwaway(job, like, *words, user=f"{uid}:{gid}", entry=f"{facts['programs']}/postgres", options=mounts)
     with started(command) as container:
 
-        def query(sql: str, database: str = "postgres") -> str:
+        def query(sql: str, database: str = "postgres", seconds: float = ANSWER_SECONDS) -> str:
             flags = ("--tuples-only", "--no-align", f"--command={sql}")
-            return container.said(*psql(facts, database), *flags, user=str(uid)).strip()
+            return container.said(*psql(facts, database), *flags, user=str(uid), seconds=seconds).strip()
 
         yield container, query
 
@@ -337,12 +341,18 @@ def asked_postgres(
     """Starts the server on the restored volume, waits until it has recovered, asks, stops it."""
     with postgres_on(job, like, snapshot, volume, [f"--volume={archive}:/wal:ro"]) as (container, query):
         replayed = recovered(job, container, query, say)
-        rows = engines.counted(query)
-        found: dict[str, Any] = {"rows": rows, "position": replayed, "problems": lost(snapshot.facts["rows"], rows)}
+        rows = engines.counted(query, engines.COUNT_SECONDS)
+        fewer = lost(snapshot.facts["rows"], rows)
+        found: dict[str, Any] = {"rows": rows, "position": replayed, "problems": []}
+        if fewer:
+            # With WAL it is another time's data: a queue may be empty by then. How far it goes says if all is there.
+            found["fewer"] = fewer
+            say(f"{job.key}: fewer rows than when the base backup began: {'; '.join(fewer)}")
         if wal and query(f"select '{replayed}'::pg_lsn >= '{wal.facts['position']}'::pg_lsn") != "t":
             found["behind"] = f"WAL was replayed to {replayed}, and {wal.facts['position']} was there when it was saved"
         if check := job.declared.get("verify"):
-            found["verify"] = query(check, job.declared.get("database") or engines.one_database(query))
+            database = job.declared.get("database") or engines.one_database(query)
+            found["verify"] = query(check, database, RECOVERY_SECONDS)
             if found["verify"] in ("", "f", "0"):
                 found["problems"].append(f"the query of verify says {found['verify'] or 'nothing'}: {check}")
         return found
@@ -369,11 +379,11 @@ def recovered(job: Job, container: Container, query: Callable[..., str], say: Sa
 
 
 def lost(before: Mapping[str, int | None], rows: Mapping[str, int | None]) -> list[str]:
-    """Tables that have less than they had when the backup began."""
+    """Tables that have less than they had when the backup began, of those that could be counted both times."""
     return [
         f"table {name}: {rows.get(name, 'no')} rows, {count} at the time of the backup"
         for name, count in before.items()
-        if count is not None and (rows.get(name, -1) or 0) < count - SLACK * count
+        if count is not None and (there := rows.get(name, -1)) is not None and there < count - SLACK * count
     ]
 
 
@@ -447,8 +457,8 @@ def restore_redis(
             until_told(container, lambda: WRITTEN.issubset(asked_("info", "persistence").splitlines()))
         asked_("save")  # what `redis-cli --rdb` wrote ends with the mark of its stream
     found: dict[str, Any] = {**engines.keys(told), "problems": []}
-    # What expires may have done so since.
-    if not facts["keys"] - facts["expires"] <= found["keys"] <= facts["keys"]:
+    # They were counted just before, and what expires may have done so since: a busy server is never exactly so.
+    if found["keys"] < (facts["keys"] - facts["expires"]) * KEYS:
         found["problems"].append(f"{found['keys']} keys, {facts['keys']} at the time of the backup")
     say(f"{job.key}: {found['keys']} keys")
     return Restored(job, volume, snapshot, facts["at"], found)
@@ -491,6 +501,8 @@ def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -
     with volume_made(volume, job):
         done = RESTORE[job.engine](job, repository, snapshot, until, volume, say)
         problems = [*done.found["problems"], *([done.found["behind"]] if "behind" in done.found and not until else [])]
+        if until is None and done.until == snapshot.facts["at"]:
+            problems += done.found.get("fewer", [])  # nothing came after the base backup that could have removed them
         if problems:
             raise BackupError(f"{job.key}: restored, and not as it was: {'; '.join(problems)}")
         return done
@@ -499,40 +511,83 @@ def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -
 # --- in place of the old one
 
 
-def swapped(done: Restored, say: Say) -> str:
+def swapped(done: Restored, state: State, say: Say) -> str:
     """Puts a restored volume in place of the service's, which is kept under a dated name: that name.
 
-    Its services stop meanwhile. What does not become healthy with it gets the old data back. BackupError then.
+    Its services stop meanwhile. What does not become healthy with it gets the old data back, also after an interruption
+    of any kind: what is about to be done is on the disk (see `undone`). BackupError then.
     """
     job = done.job
     kept = f"{job.volume}-kept-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     running = engines.containers(job.environment, job.volume)
     ids = [one.id for one in running]
     ask(["docker", "volume", "create", "--label", f"{KEPT}={job.key}", kept], START_ENGINE)
-    say(f"stopping {', '.join(one.inspected['Name'].lstrip('/') for one in running) or 'nothing'}")
-    if ids:
-        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
-    exchanged(job.volume, done.volume, kept)
-    try:
-        if ids:
-            ask(["docker", "start", *ids], START_ENGINE, seconds=120)
-            healthy(ids)
-    except (BackupError, Undecided) as error:
-        say(f"it does not run with it ({error}): putting the old data back")
-        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
-        exchanged(job.volume, kept, done.volume)
-        ask(["docker", "start", *ids], START_ENGINE, seconds=120)
-        ask(["docker", "volume", "rm", kept], START_ENGINE)
-        raise BackupError(
-            f"{job.key}: {error}. The old data is in place again; the restored is in {done.volume}"
-        ) from None
+    intent = job.folder / INTENT
+    folders = {name: str(mountpoint(name)) for name in (job.volume, done.volume, kept)}
+    here, fresh, there = (Path(folder) for folder in folders.values())
+    known = {"ids": ids, "here": str(here), "fresh": str(fresh), "there": str(there), "kept": kept}
+    write(intent, json.dumps({**known, "old": here.stat().st_ino}))
+    with undisturbed():
+        try:
+            say(f"stopping {', '.join(one.inspected['Name'].lstrip('/') for one in running) or 'nothing'}")
+            if ids:
+                ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+            exchanged(here, fresh, there)
+            if ids:
+                ask(["docker", "start", *ids], START_ENGINE, seconds=120)
+                healthy(ids)
+        except BaseException as error:
+            say(f"it does not run with it ({error}): putting the old data back")
+            undone(intent)
+            raise BackupError(
+                f"{job.key}: {error}. The old data is in place again; the restored is in {done.volume}"
+            ) from None
+        begun_anew(job, state)
+        state.save(jobs(job.places))
+        intent.unlink()
     ask(["docker", "volume", "rm", done.volume], START_ENGINE)
     return kept
 
 
-def exchanged(volume: str, new: str, kept: str) -> None:
-    """Renames folders: the volume's goes to `kept`, that of `new` becomes the volume's. A moment, whatever its size."""
-    here, fresh, there = mountpoint(volume), mountpoint(new), mountpoint(kept)
+def undone(intent: Path) -> None:
+    """Gives a volume its old data back, however far the exchange had come, and starts its services."""
+    known = json.loads(intent.read_text())
+    here, fresh, there = (Path(known[name]) for name in ("here", "fresh", "there"))
+    ids = known["ids"]
+    if ids:
+        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+    if not here.exists() or here.stat().st_ino != known["old"]:
+        if here.exists():
+            if fresh.exists():
+                fresh.rmdir()
+            here.rename(fresh)
+        there.rename(here)
+        there.mkdir(mode=0o700)
+    if ids:
+        ask(["docker", "start", *ids], START_ENGINE, seconds=120)
+    ask(["docker", "volume", "rm", "--force", known["kept"]], START_ENGINE)
+    intent.unlink()
+
+
+def interrupted(places: Places) -> list[Path]:
+    """Exchanges that something has ended in the middle."""
+    return sorted((places.state / "backup").glob(f"*/*/{INTENT}"))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whoever asked may go away meanwhile, or want it to end: it is finished, or undone, first."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def exchanged(here: Path, fresh: Path, there: Path) -> None:
+    """Renames folders: what is `here` goes `there`, and what is `fresh` is here. A moment, whatever its size."""
     there.rmdir()
     here.rename(there)
     fresh.rename(here)
@@ -592,11 +647,30 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
                 if query(engines.TABLES, database):
                     say(f"{job.key}: masking {database}")
                     masked(copy, facts, database, mask)
-            query("checkpoint")
+            # What the mask has replaced is still in dead rows, in statistics, and in the WAL: dev owns the files.
+            for database in query(engines.DATABASES).splitlines():
+                query("vacuum (full, analyze)", database, RECOVERY_SECONDS)
+            query("checkpoint", seconds=RECOVERY_SECONDS)
+        forgotten(job, done.snapshot, volume)
     except BaseException:
         ask(["docker", "volume", "rm", "--force", volume], START_ENGINE)
         raise
     return Restored(to, volume, done.snapshot, time.time(), done.found)
+
+
+FORGET = 'cd "$1" && rm -rf log/* pg_log/* pg_stat/* pg_stat_tmp/*'
+
+
+def forgotten(job: Job, snapshot: Snapshot, volume: str) -> None:
+    """Takes WAL, logs and texts of queries out of a cluster that was stopped in order."""
+    facts, like = snapshot.facts, template(job)
+    ask(in_volume(job, snapshot, volume, FORGET), START_ENGINE)
+    data = str(Path(facts["mount"]) / facts["inside"])
+    options = ("--rm", f"--volume={volume}:{facts['mount']}")
+    uid, gid = facts["owner"]
+    entry = f"{facts['programs']}/pg_resetwal"
+    command = throwaway(job, like, f"--pgdata={data}", user=f"{uid}:{gid}", entry=entry, options=options)
+    ask(["docker", "run", *command], START_ENGINE)
 
 
 def masked(copy: Container, facts: Mapping[str, Any], database: str, mask: str) -> None:
@@ -627,8 +701,7 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
         if not args.yes:
             say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
             continue
-        kept = swapped(done, say)
-        begun_anew(to, state)
+        kept = swapped(done, state, say)
         say(f"{to.key}: has a masked copy of {job.key}")
         say(f"What was there is kept as {kept}, until: make restore RELEASE={kept}")
         state.record({"job": to.key, "kind": "refresh", "start": began, "end": time.time(), "from": job.key})
@@ -707,7 +780,9 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """To whoever asked, if they are still there: what was begun is finished without them too."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def asked(args: argparse.Namespace, places: Places) -> int:
@@ -720,6 +795,9 @@ def asked(args: argparse.Namespace, places: Places) -> int:
         if not free:
             raise BackupError(f"not now: {holder(places)} goes on. Next step: wait for it, then run this again")
         state = State(places)
+        for intent in interrupted(places):
+            say(f"{intent.parent.name}: putting the old data back, since a restore was interrupted")
+            undone(intent)
         if args.refresh:
             return refresh(args, state, places)
         if args.drill:
@@ -761,8 +839,7 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
         return 0
     if (would := newer(job, done.until)) and not args.lose_newer:
         raise BackupError(f"{would}: nothing was changed. Next step: with LOSE_NEWER=1 to lose that; it is in {volume}")
-    kept = swapped(done, say)
-    begun_anew(job, state)
+    kept = swapped(done, state, say)
     state.record({"job": job.key, "kind": "restore", "start": began, "end": time.time(), "snapshot": done.snapshot.id})
     state.save(jobs(places))
     if args.release_kept:

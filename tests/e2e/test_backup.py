@@ -170,6 +170,31 @@ def test_a_database_comes_back_as_it_was_at_a_chosen_second(
     live.done("drill", DEV, SERVICE="db")
 
 
+def test_a_snapshot_comes_back_as_it_was_and_a_second_after_which_nothing_was_written_too(
+    live: Deployment, engine: docker.DockerClient
+) -> None:
+    sql(engine, DEV, "create table quiet as select 1 as row")
+    live.done("backup", DEV, SERVICE="db")
+    named = known(f"{DEV}/db-data")["snapshot"][:8]
+    sql(engine, DEV, "insert into quiet values (2)")
+    time.sleep(1.5)
+    chosen = datetime.now(UTC).isoformat()
+    time.sleep(1.5)
+    live.done("backup", DEV, SERVICE="db")
+    made = f"{DEV}-made-by-hand"
+    for at, rows in ((named, 1), (chosen, 2)):
+        said = live.done("restore", DEV, SERVICE="db", AT=at, TO=made)
+        assert f'"shop.public.quiet": {rows}' in said
+        taken = live.make("restore", DEV, SERVICE="db", TO=made)
+        assert taken.returncode != 0
+        assert f"volume {made} is there already" in taken.stdout
+        engine.volumes.get(made).remove()
+    early = live.make("restore", DEV, SERVICE="db", AT="2999-01-01", TO=made)
+    assert early.returncode != 0
+    assert "make backup brings the newest" in early.stdout
+    sql(engine, DEV, "drop table quiet")
+
+
 def test_redis_comes_back_with_every_key_also_where_it_appends(live: Deployment, engine: docker.DockerClient) -> None:
     redis(engine, DEV, "set", "cart:e2e:100", "value")
     redis(engine, DEV, "eval", "for i=1,500 do redis.call('set', 'many:'..i, i) end return 1", "0")
@@ -264,6 +289,12 @@ def test_dev_gets_a_masked_copy_of_prods_data_and_keeps_its_own_passwords(
     assert eventually(partial(healthy, engine, DEV), seconds=180)
     assert sql(engine, DEV, "select name from people order by id").splitlines() == ["person 1", "person 2"]
     assert sql(engine, PROD, "select name from people order by id").startswith("Ada")
+    # Dev owns the files too: nothing of it is in dead rows, statistics or WAL, nor what prod logs in with.
+    verifiers = sql(engine, PROD, "select rolpassword from pg_authid where rolpassword is not null").splitlines()
+    files = list(Path(engine.volumes.get(f"{DEV}-db-data").attrs["Mountpoint"]).rglob("*"))
+    assert len(files) > 500
+    for secret in ("Ada Lovelace", *verifiers):
+        assert not [file for file in files if file.is_file() and secret.encode() in file.read_bytes()]
     kept = re.search(r"kept as (\S+?),", said)
     assert kept
     live.done("restore", RELEASE=kept[1])
@@ -289,7 +320,10 @@ def test_damage_in_a_repository_is_found_by_the_drill_and_turns_verify_red(live:
             assert red.returncode != 0
             assert f"{DEV}: backup drill failed" in red.stdout
             repository.rename(damaged)
-            live.done("backup", DEV, SERVICE="db")
+            gone = live.make("backup", DEV, SERVICE="db")
+            assert gone.returncode != 0
+            assert "the repository was there, and is gone" in gone.stdout
+            live.done("backup", DEV, args="--anew")
             live.done("drill", DEV, SERVICE="db")
         finally:
             if damaged.exists():
