@@ -154,7 +154,7 @@ class FolderTarget(Frozen):
 
 class BucketTarget(Frozen):
     """A bucket of an S3 server. `lock`: no version younger than that can be deleted; at most the bucket's owner can
-    lift that (nobody can, with `make bucket ARGS=--compliance`). `append_only`: the host's credentials cannot delete,
+    lift that (nobody can, with `make bucket ENV=prod ARGS=--compliance`). `append_only`: the host's credentials cannot delete,
     and `make prune` lets go of old snapshots with others, from elsewhere.
     """
 
@@ -195,8 +195,7 @@ Target = Annotated[FolderTarget | BucketTarget, BeforeValidator(_target)]
 
 
 DEFAULT_FOLDER = "/var/backups/bulkhead"
-"""Where backups go that nobody has named a target for. It should be on another disk than the engine's data: `make
-doctor` says whether it is."""
+"""Where backups go that nobody has named a target for. It should be on another disk than the engine's data."""
 
 
 class BackupSettings(Frozen):
