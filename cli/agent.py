@@ -74,7 +74,7 @@ class Agent:
             f"if cmp -s {file}.new {file}; then rm {file}.new; else mv {file}.new {file}; fi\n"
         )
         # First, so that nothing runs in between.
-        script = f"mkdir -p {BACKUPS}\n{f'touch {BACKUPS}/{stack}.held' if held else ':'}\n{script}"
+        script = f"umask 077\nmkdir -p {BACKUPS}\n{f'touch {BACKUPS}/{stack}.held' if held else ':'}\n{script}"
         self._root(script, json.dumps(jobs, indent=1, sort_keys=True).encode())
 
     def release(self, stack: str) -> None:

@@ -113,7 +113,8 @@ def recover(root: Path, source: str, environment: str, key: str, console: Consol
     if failed:
         console.print(
             f"Not recovered: {', '.join(failed)}. Nor backed up by schedule, until there is data again. "
-            "Next step: see the errors above; then make up, make restore for each volume, and make backup ARGS=--anew",
+            "Next step: see the errors above; then make up, make restore for each volume, and "
+            "make backup ENV=… ARGS=--anew",
             style="red",
             highlight=False,
         )

@@ -253,7 +253,7 @@ def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
         for what, known in alarms(job, state.of(job), now):
             yield job, what, known
         if job.environment in held(places):
-            yield job, "held", "not backed up by schedule: its data was yet to come back. Then: make backup ARGS=--anew"
+            yield job, "held", "not backed up by schedule: its data was yet to come back: make restore for each volume"
 
 
 def ago(at: float | None, now: float) -> str:
@@ -418,6 +418,7 @@ def take_postgres(job: Job, repository: Repository, hurry: bool) -> Snapshot:
         server.hold()
     facts = server.facts() | {
         "at": time.time(),
+        "history": history(job, server)[0],
         "position": server.position(),
         "rows": engines.counted(server.query, engines.COUNT_SECONDS),
     }
@@ -455,10 +456,8 @@ def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], N
     unsaved = set(known.get("unsaved") or ())
     try:
         server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-        gap = ""
-        if not same_cluster(job, server):
-            begun_anew(job, state)
-            gap = "another cluster is in the volume"
+        name, another = history(job, server)
+        gap = "another cluster is in the volume" if another else ""
         server.hold()
         position = server.position()
         # First: what is copied is not kept by the server any more, and is in no target if this ends in between.
@@ -468,16 +467,17 @@ def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], N
             copied, missing = server.archive(job.spool)
         finally:
             server.let_go(SLOT_BYTES)
-        if full(job.spool):
+        if unsaved and full(job.spool):
             shutil.rmtree(job.spool)
-            missing = True
+            known |= {"wanted": True, "unsaved": []}
+            raise BackupError("no target has taken WAL until its disk was nearly full; a new base backup follows")
         if gap or missing:
             gap = gap or f"WAL is missing before {ago(started, started)}"
             known |= {"wanted": True, "gap": f"{gap}; a new base backup follows"}
             say(f"{job.key}: {known['gap']}")
         for repository in job.targets:
-            if (copied or repository.url in unsaved) and job.spool.exists():
-                facts = {"engine": "postgres", "at": started, "position": position}
+            if copied or repository.url in unsaved:
+                facts = {"engine": "postgres", "at": started, "position": position, "history": name}
                 repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
             known["unsaved"].remove(repository.url)
         known |= {"wal_at": started, "wal_error": None}
@@ -495,13 +495,26 @@ def said_of(error: Exception) -> str:
     return str(error) if isinstance(error, foreseen) else f"{type(error).__name__}: {error}"
 
 
-def same_cluster(job: Job, server: Postgres) -> bool:
-    """Whether the cluster is the one whose WAL is on the host, which is known from now on."""
-    file, now = job.folder / "cluster", server.cluster()
-    before = file.read_text() if file.exists() else now
-    if before != now or not file.exists():
-        write(file, now)
-    return before == now
+def history(job: Job, server: Postgres) -> tuple[str, bool]:
+    """What base backups and WAL that fit to each other have in common, and whether it has just become another one.
+
+    That is so for another cluster in the volume, and for one that was restored (`begun_anew`).
+    """
+    file, cluster = job.folder / "history", server.cluster()
+    before = file.read_text() if file.exists() else ""
+    if before.partition("-")[0] == cluster:
+        return before, False
+    if before:
+        put_away(job)
+    name = f"{cluster}-{time.time_ns()}"
+    write(file, name)
+    return name, bool(before)
+
+
+def put_away(job: Job) -> None:
+    """WAL of a history that has ended: of no use to the next one."""
+    if job.spool.exists():
+        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"))
 
 
 def full(spool: Path) -> bool:
@@ -514,9 +527,8 @@ def full(spool: Path) -> bool:
 def begun_anew(job: Job, state: State) -> None:
     """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
     state.of(job)["wanted"] = True
-    (job.folder / "cluster").unlink(missing_ok=True)
-    if job.spool.exists():
-        job.spool.rename(job.spool.with_name(f"wal-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"))
+    (job.folder / "history").unlink(missing_ok=True)
+    put_away(job)
 
 
 def trim(job: Job) -> None:
@@ -560,6 +572,9 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
     except BackupError as error:
         print(error, file=sys.stderr)
         return 1
+    if args.anew and not args.environment:
+        print("--anew: name the environment, since it says that its data is as it should be", file=sys.stderr)
+        return 1
     if args.list:
         return show(wanted, args.json)
     state = State(places)
@@ -585,18 +600,17 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
             return 0 if args.due else 2
         state = State(places)
         well = True
-        for intent in restore.interrupted(places):
-            print(f"{intent.parent.name}: putting the old data back, since a restore was interrupted")
-            restore.undone(intent)
+        well &= restore.put_right(places)
         for environment in sorted(held(places) & {job.environment for job in wanted}):
-            if not args.anew:
-                print(
-                    f"{environment}: its data was yet to come back. Next step: make restore for each volume; then, "
-                    f"or if this is the data: make backup ENV={environment} ARGS=--anew",
-                    file=sys.stderr,
-                )
-                return 1
-            (places.declared / f"backup/{environment}.held").unlink()
+            if args.anew:
+                (places.declared / f"backup/{environment}.held").unlink()
+                continue
+            print(
+                f"{environment}: its data was yet to come back. Next step: make restore for each volume; then, "
+                f"or if this is the data: make backup ENV={environment} ARGS=--anew",
+                file=sys.stderr,
+            )
+            wanted, well = [job for job in wanted if job.environment != environment], False
         for mark in (one.mark for job in wanted for one in job.targets if args.anew):
             if mark:
                 mark.unlink(missing_ok=True)

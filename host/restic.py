@@ -222,7 +222,7 @@ class Repository:
                 said = made.stderr.decode(errors="replace").strip().splitlines()[-3:]
                 raise BackupError(f"{' '.join(producer[:4])} …: {' / '.join(said) or made.returncode}")
             held.close()
-            return self._saved(restic, tags)
+            return self._saved(restic, tags, None)
 
     def save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
         """A snapshot of a folder, by its name, with its owner and mode; what has not changed is not read again."""
@@ -231,17 +231,17 @@ class Repository:
     def _save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
         command = self._backup("--ignore-inode", folder.name, tags=tags)
         with _running(command, self.environment, subprocess.DEVNULL, folder.parent) as restic:
-            return self._saved(restic, tags)
+            return self._saved(restic, tags, folder)
 
     def _backup(self, *words: str, tags: Sequence[str]) -> list[str]:
         tagged = [word for tag in tags for word in ("--tag", tag)]
         return [*self._restic, "--quiet", "backup", "--json", "--host", "bulkhead", *tagged, *words]
 
-    def _saved(self, restic: "Running", tags: Sequence[str]) -> Snapshot:
+    def _saved(self, restic: "Running", tags: Sequence[str], folder: Path | None) -> Snapshot:
         code, output, said = restic.ended()
         told = [json.loads(line) for line in output.splitlines() if line.startswith(b"{")]
         summary: dict[str, Any] = next((line for line in reversed(told) if line.get("message_type") == "summary"), {})
-        if code == INCOMPLETE and summary and not _missed(said):
+        if code == INCOMPLETE and summary and folder and not _missed(said, folder):
             pass  # files that were removed meanwhile are no part of what there was
         elif code:
             error = self.error("backup", said.decode(errors="replace"))
@@ -270,7 +270,8 @@ class Repository:
         words = ["--tag", ",".join(tags)] if tags else []
         found = json.loads(self.call("snapshots", "--json", *words)) or []
         holes = set(self.incomplete.read_text().split()) if self.incomplete.exists() else set()
-        return sorted((_snapshot(one) for one in found if one["id"] not in holes), key=lambda one: one.at)
+        whole = [one for one in found if not any(one["id"].startswith(short) for short in holes)]
+        return sorted(map(_snapshot, whole), key=lambda one: one.at)
 
     def restore(self, snapshot: str, into: Path) -> None:
         """All of a snapshot's files, into a folder."""
@@ -353,11 +354,19 @@ def _snapshot(listed: Mapping[str, Any]) -> Snapshot:
     return Snapshot(str(listed["id"]), at, kind, facts)
 
 
-def _missed(said: bytes) -> bool:
-    """Whether restic could not read something that is there; what is gone meanwhile does not count."""
-    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if '"message_type":"error"' in line or line.startswith("error:")]
-    return not errors or any("no such file or directory" not in line for line in errors)
+def _missed(said: bytes, folder: Path) -> bool:
+    """Whether restic could not read something of the folder that is there; what is gone meanwhile does not count.
+
+    Of an error it tells as JSON where, and not what (restic 4945).
+    """
+    items = []
+    for line in said.decode(errors="replace").splitlines():
+        if line.strip():
+            try:
+                items.append(json.loads(line)["item"])
+            except (ValueError, KeyError, TypeError):
+                return True
+    return not items or any(os.path.lexists(folder.parent / item) for item in items)
 
 
 def _ends(restic: Running) -> bool:

@@ -80,9 +80,10 @@ def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float |
     return before[-1], seconds if job.wal else None
 
 
-def wal_for(job: Job, repository: Repository, until: float | None) -> Snapshot | None:
-    """The snapshot of WAL that goes up to a time; the newest where none is asked for. BackupError where none does."""
-    found = repository.snapshots(f"job:{job.name}", "kind:wal")
+def wal_for(job: Job, repository: Repository, base: Snapshot, until: float | None) -> Snapshot | None:
+    """The snapshot of a base backup's WAL that goes up to a time; the newest where none is asked for. BackupError."""
+    every = repository.snapshots(f"job:{job.name}", "kind:wal")
+    found = [one for one in every if one.facts.get("history") == base.facts.get("history")]
     if until is None:
         return found[-1] if found else None
     if reaching := [one for one in found if one.facts["at"] >= until]:
@@ -235,7 +236,7 @@ def restore_postgres(
     like = template(job)
     same_version(job, like, snapshot)
     own = until == snapshot.facts["at"]
-    wal = None if own or not job.wal else wal_for(job, repository, until)
+    wal = None if own or not job.wal else wal_for(job, repository, snapshot, until)
     size = repository.size(snapshot.id)
     need_room(mountpoint(volume), size + (repository.size(wal.id) if wal else 0))
     say(f"{job.key}: base backup {snapshot.id[:8]} of {snapshot.at:%Y-%m-%d %H:%M:%S}")
@@ -315,6 +316,8 @@ def postgres_on(
     facts = snapshot.facts
     uid, gid = facts["owner"]
     settings = {"listen_addresses": "", "unix_socket_directories": SOCKET, "archive_mode": "off", "hot_standby": "on"}
+    # What it says is read, so it says it here, and in English.
+    settings |= {"logging_collector": "off", "log_destination": "stderr", "lc_messages": "C"}
     words = [*facts["argv"], *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))]
     mounts = (f"--volume={volume}:{facts['mount']}", f"--tmpfs={SOCKET}:mode=1777", *options)
     command = throwaway(job, like, *words, user=f"{uid}:{gid}", entry=f"{facts['programs']}/postgres", options=mounts)
@@ -474,6 +477,8 @@ def restore_files(
         # The folder itself is in the snapshot, with its owner and mode.
         repository.call("restore", snapshot.id, "--target", str(folder.parent), "--verify", seconds=RECOVERY_SECONDS)
     found: dict[str, Any] = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "problems": []}
+    if size and not found["files"]:
+        found["problems"].append(f"no file, {size} bytes at the time of the backup")
     if check := job.declared.get("verify"):
         like = template(job)
         mount = like.mount(job.volume)
@@ -501,7 +506,7 @@ def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -
     with volume_made(volume, job):
         done = RESTORE[job.engine](job, repository, snapshot, until, volume, say)
         problems = [*done.found["problems"], *([done.found["behind"]] if "behind" in done.found and not until else [])]
-        if until is None and done.until == snapshot.facts["at"]:
+        if done.until == snapshot.facts["at"]:
             problems += done.found.get("fewer", [])  # nothing came after the base backup that could have removed them
         if problems:
             raise BackupError(f"{job.key}: restored, and not as it was: {'; '.join(problems)}")
@@ -553,20 +558,36 @@ def undone(intent: Path) -> None:
     """Gives a volume its old data back, however far the exchange had come, and starts its services."""
     known = json.loads(intent.read_text())
     here, fresh, there = (Path(known[name]) for name in ("here", "fresh", "there"))
-    ids = known["ids"]
-    if ids:
-        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+    ids = [one for one in known["ids"] if one in ask(["docker", "ps", "--all", "--quiet", "--no-trunc"], START_ENGINE)]
     if not here.exists() or here.stat().st_ino != known["old"]:
+        if ids:
+            ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
         if here.exists():
-            if fresh.exists():
+            empty = not any(here.iterdir())  # made by the engine in between
+            if fresh.exists() and not empty:
                 fresh.rmdir()
-            here.rename(fresh)
+            here.rmdir() if empty else here.rename(fresh)
         there.rename(here)
         there.mkdir(mode=0o700)
+    # From here on it is the engine's to start them, whatever comes.
+    intent.unlink()
     if ids:
         ask(["docker", "start", *ids], START_ENGINE, seconds=120)
     ask(["docker", "volume", "rm", "--force", known["kept"]], START_ENGINE)
-    intent.unlink()
+
+
+def put_right(places: Places) -> bool:
+    """Undoes what was interrupted. Whether that could be done: what cannot be stands in nobody else's way."""
+    well = True
+    for intent in interrupted(places):
+        name = f"{intent.parent.parent.name}/{intent.parent.name}"
+        say(f"{name}: putting the old data back, since a restore was interrupted")
+        try:
+            undone(intent)
+        except (BackupError, Undecided, OSError, ValueError) as error:
+            say(f"{name}: it could not be put back: {error}. Next step: {intent} says which folders are which")
+            well = False
+    return well
 
 
 def interrupted(places: Places) -> list[Path]:
@@ -649,22 +670,28 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
                     masked(copy, facts, database, mask)
             # What the mask has replaced is still in dead rows, in statistics, and in the WAL: dev owns the files.
             for database in query(engines.DATABASES).splitlines():
-                query("vacuum (full, analyze)", database, RECOVERY_SECONDS)
+                need_room(mountpoint(volume), int(query(LARGEST, database)))
+                query("delete from pg_statistic", database)
+                query("delete from pg_statistic_ext_data", database)
+                query("vacuum (full)", database, RECOVERY_SECONDS)
+                query("analyze", database, RECOVERY_SECONDS)
+            logs = query("show log_directory")
             query("checkpoint", seconds=RECOVERY_SECONDS)
-        forgotten(job, done.snapshot, volume)
+        forgotten(job, done.snapshot, volume, logs)
     except BaseException:
         ask(["docker", "volume", "rm", "--force", volume], START_ENGINE)
         raise
     return Restored(to, volume, done.snapshot, time.time(), done.found)
 
 
-FORGET = 'cd "$1" && rm -rf log/* pg_log/* pg_stat/* pg_stat_tmp/*'
+LARGEST = "select coalesce(max(pg_total_relation_size(oid)), 0) from pg_class where relkind in ('r', 'm')"
+FORGET = 'cd "$1" && rm -rf -- "$4"/* log/* pg_log/* pg_stat/* pg_stat_tmp/*'
 
 
-def forgotten(job: Job, snapshot: Snapshot, volume: str) -> None:
-    """Takes WAL, logs and texts of queries out of a cluster that was stopped in order."""
+def forgotten(job: Job, snapshot: Snapshot, volume: str, logs: str) -> None:
+    """Takes WAL, logs (of that folder) and texts of queries out of a cluster that was stopped in order."""
     facts, like = snapshot.facts, template(job)
-    ask(in_volume(job, snapshot, volume, FORGET), START_ENGINE)
+    ask(in_volume(job, snapshot, volume, FORGET, logs), START_ENGINE)
     data = str(Path(facts["mount"]) / facts["inside"])
     options = ("--rm", f"--volume={volume}:{facts['mount']}")
     uid, gid = facts["owner"]
@@ -795,9 +822,7 @@ def asked(args: argparse.Namespace, places: Places) -> int:
         if not free:
             raise BackupError(f"not now: {holder(places)} goes on. Next step: wait for it, then run this again")
         state = State(places)
-        for intent in interrupted(places):
-            say(f"{intent.parent.name}: putting the old data back, since a restore was interrupted")
-            undone(intent)
+        put_right(places)
         if args.refresh:
             return refresh(args, state, places)
         if args.drill:

@@ -154,8 +154,8 @@ class FolderTarget(Frozen):
 
 class BucketTarget(Frozen):
     """A bucket of an S3 server. `lock`: no version younger than that can be deleted; at most the bucket's owner can
-    lift that (nobody can, with `make bucket ENV=prod ARGS=--compliance`). `append_only`: the host's credentials cannot delete,
-    and `make prune` lets go of old snapshots with others, from elsewhere.
+    lift that (nobody can, with `make bucket ENV=prod ARGS=--compliance`). `append_only`: the host's credentials cannot
+    delete, and `make prune` lets go of old snapshots with others, from elsewhere.
     """
 
     endpoint: Annotated[str, AfterValidator(_endpoint)]

@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 VOLUMES = ("db-data", "cache-data")
 OVERLAY, MASK_FILE = "disk.yaml", "examples/shop/mask.sql"
-MASK = "update people set name = 'person ' || id;\n"
+MASK = "update people set name = 'person ' || id;\ndelete from letters;\n"
 
 
 class Deployment:

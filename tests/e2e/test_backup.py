@@ -268,6 +268,12 @@ def test_dev_gets_a_masked_copy_of_prods_data_and_keeps_its_own_passwords(
     """Its services are healthy with it: they log in as before. A mask that fails leaves dev as it was."""
     sql(engine, PROD, "create table if not exists people (id int, name text)")
     sql(engine, PROD, "insert into people values (1, 'Ada Lovelace'), (2, 'Charles Babbage')")
+    sql(
+        engine,
+        PROD,
+        "create table if not exists letters as select 'Dear Mr. Babbage' as text from generate_series(1, 9)",
+    )
+    sql(engine, PROD, "analyze people, letters")
     live.done("backup", PROD, SERVICE="db")
     volumes = {one.id for one in engine.volumes.list()}
     unconfirmed = live.make("refresh-dev", DEV, YES="1")
@@ -293,7 +299,7 @@ def test_dev_gets_a_masked_copy_of_prods_data_and_keeps_its_own_passwords(
     verifiers = sql(engine, PROD, "select rolpassword from pg_authid where rolpassword is not null").splitlines()
     files = list(Path(engine.volumes.get(f"{DEV}-db-data").attrs["Mountpoint"]).rglob("*"))
     assert len(files) > 500
-    for secret in ("Ada Lovelace", *verifiers):
+    for secret in ("Ada Lovelace", "Dear Mr.", *verifiers):
         assert not [file for file in files if file.is_file() and secret.encode() in file.read_bytes()]
     kept = re.search(r"kept as (\S+?),", said)
     assert kept
@@ -323,7 +329,7 @@ def test_damage_in_a_repository_is_found_by_the_drill_and_turns_verify_red(live:
             gone = live.make("backup", DEV, SERVICE="db")
             assert gone.returncode != 0
             assert "the repository was there, and is gone" in gone.stdout
-            live.done("backup", DEV, args="--anew")
+            live.done("backup", DEV, SERVICE="db", args="--anew")
             live.done("drill", DEV, SERVICE="db")
         finally:
             if damaged.exists():

@@ -46,7 +46,7 @@ def test_a_repository_of_another_key_is_opened_with_its_own_or_moved_away(live: 
     assert before <= set(repository.rglob("*"))  # what another key made is not touched
 
     repository.rename(repository.with_name("lost"))
-    live.done("backup", DEV, args="--anew")
+    live.done("backup", DEV, SERVICE="db", args="--anew")
     live.done("drill", DEV, SERVICE="db")
 
     shutil.rmtree(repository)

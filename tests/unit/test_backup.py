@@ -254,13 +254,24 @@ def test_data_that_is_yet_to_come_back_is_backed_up_when_somebody_says_that_this
     declared(places)
     mark = places.declared / "backup/dev.held"
     mark.touch()
-    monkeypatch.setattr(backup, "worked", lambda *_: True)
+    (places.declared / "backup/prod.json").write_text((places.declared / "backup/dev.json").read_text())
+    order: list[str] = []
+
+    def worked(job: Job, *_: object) -> bool:
+        order.append(job.environment)
+        return True
+
+    monkeypatch.setattr(backup, "worked", worked)
     asked = argparse.ArgumentParser()
     backup.add_arguments(asked)
     assert backup.run(asked.parse_args([]), places) == 1
+    assert order == ["prod"]
     assert "make restore for each volume" in capsys.readouterr().err
     assert mark.exists()
-    assert backup.run(asked.parse_args(["--anew"]), places) == 0
+    assert backup.run(asked.parse_args(["--anew"]), places) == 1
+    assert "name the environment" in capsys.readouterr().err
+    assert mark.exists()
+    assert backup.run(asked.parse_args(["--anew", "--environment", "dev"]), places) == 0
     assert not mark.exists()
     assert "held" not in {what for _, what, _ in backup.alarming(places)}
 
@@ -519,12 +530,18 @@ def test_another_cluster_in_the_volume_is_another_history(
 def test_wal_that_no_target_takes_does_not_fill_the_disk(
     archiving: tuple[Server, Callable[..., bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, archive = archiving
-    assert archive(taken("here"))
+    server, archive = archiving
     monkeypatch.setattr(backup, "full", lambda _: True)
     assert archive(taken("here"))
+    assert archive(taken("here"))
+    assert job(Places(tmp_path)).spool.exists()  # a target takes it all
+    at, server.new = known(tmp_path)["wal_at"], 1
+    assert not archive(taken("here", away=True))
+    assert job(Places(tmp_path)).spool.exists()
+    assert not archive(taken("here", away=True))
     assert not job(Places(tmp_path)).spool.exists()
-    assert known(tmp_path)["wanted"]
+    assert (known(tmp_path)["wal_at"], known(tmp_path)["wanted"]) == (at, True)
+    assert "no target has taken WAL" in known(tmp_path)["wal_error"]
 
 
 @pytest.mark.parametrize(("free", "held", "full"), [(0.05, 3, True), (0.05, 1, False), (0.2, 3, False)])
@@ -568,18 +585,34 @@ def test_a_time_takes_the_backup_before_it_and_wal_that_goes_beyond_it() -> None
     found, until = restore.chosen(job(), kept, at)
     assert found.facts["at"] == NOW + 100
     assert until == NOW + 120
-    wal = restore.wal_for(job(), kept, until)
+    wal = restore.wal_for(job(), kept, found, until)
     assert wal is not None
-    assert restore.wal_for(job(), kept, None) == kept.found[-1]
+    assert restore.wal_for(job(), kept, found, None) == kept.found[-1]
     with pytest.raises(BackupError, match="Next step: make backup"):
-        restore.wal_for(job(), kept, NOW + 201)
+        restore.wal_for(job(), kept, found, NOW + 201)
     with pytest.raises(BackupError, match="has not come yet"):
-        restore.wal_for(job(), repository(), NOW)
+        restore.wal_for(job(), repository(), found, NOW)
     assert wal.facts["at"] == NOW + 150
     latest, until = restore.chosen(job(), kept, "latest")
     assert (latest.facts["at"], until) == (NOW + 100, None)
     by_name, until = restore.chosen(job(), kept, "aaaa")
     assert (by_name.facts["at"], until) == (NOW, NOW)  # as it was: without WAL
+
+
+def test_wal_of_another_history_is_no_continuation_of_a_base_backup() -> None:
+    """Of a cluster that was made anew after a loss: its WAL goes beyond the time that is wanted, and knows nothing."""
+
+    def of(one: Snapshot, history: str) -> Snapshot:
+        return replace(one, facts={**one.facts, "history": history})
+
+    base = of(snapshot("aaaa", NOW), "1-1")
+    kept = repository(base, of(snapshot("b", NOW + 50, "wal"), "1-1"), of(snapshot("c", NOW + 90, "wal"), "2-1"))
+    found = restore.wal_for(job(), kept, base, NOW + 50)
+    assert found is not None
+    assert found.id[0] == "b"
+    assert restore.wal_for(job(), kept, base, None) == found
+    with pytest.raises(BackupError, match="WAL in /srv/backup/prod goes up to"):
+        restore.wal_for(job(), kept, base, NOW + 60)
 
 
 @pytest.mark.parametrize(
@@ -640,7 +673,7 @@ class Volumes:
             self.at(command[-1]).mkdir(parents=True)
         if words.startswith("docker volume rm"):
             shutil.rmtree(self.at(command[-1]).parent)
-        return ""
+        return "web\n" if words.startswith("docker ps") else ""
 
 
 @pytest.fixture
@@ -721,6 +754,24 @@ def test_an_exchange_that_is_cut_off_at_any_point_is_undone_by_the_next_run(
     assert (volumes.at("fresh") / "data").read_text() == "fresh"
     assert {path.parent.name for path in volumes.root.glob("*/_data")} == {"v", "fresh"}
     assert "docker start web" in volumes.asked
+
+
+def test_an_exchange_that_cannot_be_undone_stands_in_nobody_elses_way(
+    volumes: Volumes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = Places(tmp_path)
+    intent = places.state / "backup/prod/db-data/exchange.json"
+    intent.parent.mkdir(parents=True)
+    gone = {name: str(tmp_path / name) for name in ("here", "fresh", "there")}
+    intent.write_text(json.dumps({**gone, "ids": ["web"], "kept": "kept", "old": 1}))
+    assert not restore.put_right(places)
+    assert f"Next step: {intent} says which folders are which" in capsys.readouterr().out
+    due = argparse.ArgumentParser()
+    backup.add_arguments(due)
+    declared(places)
+    assert backup.run(due.parse_args(["--due"]), places) == 1
+    assert State(places).of(*backup.jobs(places))["failures"] == 1  # tried, without a target
+    assert volumes.asked
 
 
 def test_nobody_ends_an_exchange_in_the_middle(
@@ -820,9 +871,9 @@ case "$*" in
   *"backup --json"*)
     yes '{{"message_type":"status"}}' | head -n 30000
     echo '{{"message_type":"summary","snapshot_id":"abc","total_bytes_processed":1,"data_added":1}}'
-    echo '{{"message_type":"error","error":{{}},"item":"f: {said}"}}' >&2
+    echo '{{"message_type":"error","error":{{}},"during":"archival","item":"{item}"}}' >&2
     exit 3;;
-  *snapshots*) echo '[{{"id":"abc","time":"2026-11-25T10:00:00Z"}},{{"id":"def","time":"2026-11-25T10:00:00Z"}}]';;
+  *snapshots*) echo '[{{"id":"abc0123","time":"2026-11-25T10:00:00Z"}},{{"id":"def","time":"2026-11-25T10:00:00Z"}}]';;
 esac
 """
 
@@ -831,10 +882,10 @@ esac
 def restic_that_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """A restic that says so much while it runs that a full pipe would hold it, and could not read one file."""
 
-    def made(said: str) -> Path:
+    def made(item: str) -> Path:
         asked, program = tmp_path / "asked", tmp_path / "bin/restic"
         program.parent.mkdir()
-        program.write_text(RESTIC.format(asked=asked, said=said))
+        program.write_text(RESTIC.format(asked=asked, item=item))
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
         return asked
@@ -845,7 +896,7 @@ def restic_that_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 def test_files_that_are_removed_meanwhile_make_no_backup_incomplete(
     real: Repository, tmp_path: Path, restic_that_misses: Callable[[str], Path]
 ) -> None:
-    restic_that_misses("no such file or directory")
+    restic_that_misses(f"/{tmp_path.name}/gone")
     assert real.save_folder(tmp_path, ["job:j"]).id == "abc"
     assert len(real.snapshots()) == 2
 
@@ -854,9 +905,10 @@ def test_files_that_are_removed_meanwhile_make_no_backup_incomplete(
 def test_a_snapshot_with_holes_is_no_backup_and_is_never_chosen(
     real: Repository, tmp_path: Path, restic_that_misses: Callable[[str], Path], append_only: bool
 ) -> None:
-    asked = restic_that_misses("input/output error")
+    (tmp_path / "there").touch()
+    asked = restic_that_misses(str(tmp_path / "there"))
     one = replace(real, append_only=append_only)
-    with pytest.raises(BackupError, match="input/output error"):
+    with pytest.raises(BackupError, match="restic backup"):
         one.save_folder(tmp_path, ["job:j"])
     assert f"forget {'' if append_only else '--prune '}abc" in asked.read_text()
     assert [found.id for found in one.snapshots()] == ["def"]
@@ -865,8 +917,9 @@ def test_a_snapshot_with_holes_is_no_backup_and_is_never_chosen(
 def test_a_long_stream_does_not_wait_for_somebody_to_read_what_restic_says(
     real: Repository, restic_that_misses: Callable[[str], Path]
 ) -> None:
-    asked = restic_that_misses("no such file or directory")
-    real.save_stream(["head", "-c", "1000000", "/dev/zero"], "base.tar", ["job:j"], 30)
+    asked = restic_that_misses("gone")
+    with pytest.raises(BackupError, match="restic backup"):  # which is incomplete, as a stream never is
+        real.save_stream(["head", "-c", "1000000", "/dev/zero"], "base.tar", ["job:j"], 30)
     assert asked.read_text().startswith("--quiet backup")
 
 
