@@ -69,6 +69,9 @@ def test_a_lost_host_comes_back_from_its_backups_and_a_key(
     live.done("up", "host")  # the state of now is with the backups
     orders = sql(engine, PROD, CHECKSUM)
     assert not orders.startswith("0|")
+    restorer = s3.user("live-restorer")
+    live.done("bucket", PROD, args=f"--principal restorer={restorer.access}", **s3.variables)
+    own = {"AWS_ACCESS_KEY_ID": restorer.access, "AWS_SECRET_ACCESS_KEY": restorer.secret}
     key = json.loads(Path(f"/etc/bulkhead/backup/{PROD}.json").read_text())["password"]
     targets = yaml.safe_load((live.folder / "Pulumi.host.yaml").read_text())["config"]["bulkhead:backup"]["targets"]
 
@@ -85,12 +88,12 @@ def test_a_lost_host_comes_back_from_its_backups_and_a_key(
         shutil.copy(live.folder / name, folder / name)
     fresh = Deployment(folder, tmp_path_factory.mktemp("fresh"))
     source = f"s3:{s3.endpoint}/live"
-    wrong = fresh.make("recover", PROD, FROM=source, RECOVERY_KEY="another", **s3.variables)
+    wrong = fresh.make("recover", PROD, FROM=source, RECOVERY_KEY="another", **own)
     assert wrong.returncode != 0
     assert "recovery key" in wrong.stdout
     began = time.monotonic()
     try:
-        said = fresh.done("recover", PROD, FROM=source, RECOVERY_KEY=key, **s3.variables)
+        said = fresh.done("recover", PROD, FROM=source, RECOVERY_KEY=key, **own)
         record_property("seconds until the host was back", round(time.monotonic() - began))
         print(f"recovered in {time.monotonic() - began:.0f} s")
         assert "0 unexpected" in said
@@ -102,7 +105,7 @@ def test_a_lost_host_comes_back_from_its_backups_and_a_key(
         assert redis(engine, PROD, "get", "cart:lost") == "and found"
         assert not list(Path("/etc/bulkhead/backup").glob("*.held"))
         assert "As declared" in fresh.done("verify")
-        again = fresh.make("recover", PROD, FROM=source, RECOVERY_KEY=key, **s3.variables)
+        again = fresh.make("recover", PROD, FROM=source, RECOVERY_KEY=key, **own)
         assert "nothing was done" in again.stdout
     finally:
         fresh.make("down", BULKHEAD_CONFIRM=PROD)
