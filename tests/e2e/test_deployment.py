@@ -195,13 +195,7 @@ def test_the_secret_is_a_file_of_those_who_asked_and_in_no_plain_text(
     assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
-def test_a_second_up_changes_nothing(deployment: Deployment, engine: docker.DockerClient) -> None:
-    before = fingerprint(engine)
-    deployment.done("up")
-    assert fingerprint(engine) == before
-
-
-def test_the_same_from_another_checkout_changes_nothing(
+def test_a_second_up_changes_nothing_also_from_another_checkout(
     deployment: Deployment, engine: docker.DockerClient, tmp_path: Path
 ) -> None:
     before = fingerprint(engine)
