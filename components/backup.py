@@ -3,6 +3,8 @@
 It starts nothing: the command line hands `declared`, which holds keys, to the host, where `host/backup.py` runs it.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +60,25 @@ class BackupJob(pulumi.ComponentResource):
         settings = {**written, **self.told, "schedule": args.backup.every, "at": args.backup.at}
         self.declared = pulumi.Output.secret(pulumi.Output.from_input({**settings, "targets": targets}))
         self.register_outputs(self.told)
+
+
+class Backups(pulumi.ComponentResource):
+    """All that the host is told of an environment's backups and masked copies: `document`, a secret.
+
+    Its one input is a digest of it. The document is an output, and an output that changes alone, as when a key, a
+    credential, a mask or a span is another one, is no change to the engine: nothing would be deployed.
+    """
+
+    document: pulumi.Output[dict[str, Any]]
+
+    def __init__(self, name: str, document: Mapping[str, Any], opts: pulumi.ResourceOptions | None = None) -> None:
+        self.document = pulumi.Output.secret(pulumi.Output.from_input(dict(document)))
+        super().__init__("bulkhead:index:Backups", name, {"digest": self.document.apply(_digest)}, opts)
+        self.register_outputs({})
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def repository_key(name: str, tier: Tier, given: pulumi.Input[str] | None, opts: pulumi.ResourceOptions) -> Secret:

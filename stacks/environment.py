@@ -7,7 +7,7 @@ import pulumi
 import pulumi_command as command
 import pulumi_docker as docker
 
-from components.backup import BackupJob, BackupJobArgs, repository_key
+from components.backup import BackupJob, BackupJobArgs, Backups, repository_key
 from components.environment import Environment, EnvironmentArgs, engine_name
 from components.labels import ENVIRONMENT
 from components.promises import Promises
@@ -80,8 +80,8 @@ def build() -> Environment:
     if jobs or refresh:
         declared = pulumi.Output.all(**{volume: job.declared for volume, job in jobs.items()})
         within = {"verified_within": ledger.backup.verified_within, "drill": ledger.backup.drill, "refresh": refresh}
-        password = key.value if key else ""
-        pulumi.export("backup_jobs", pulumi.Output.secret({**within, "password": password, "jobs": declared}))
+        told = {**within, "password": key.value if key else "", "jobs": declared}
+        pulumi.export("backup_jobs", Backups(f"{name}-backups", told, given).document)
     return environment
 
 

@@ -14,7 +14,9 @@ import pulumi
 import pytest
 from pulumi.runtime.mocks import MockMonitor
 
+from components.backup import Backups, repository_key
 from settings.host import Disk, HostFacts
+from settings.ledger import Tier
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -168,6 +170,39 @@ def backup_job(ran: Ran) -> None:
     }
 
 
+@pytest.mark.parametrize("other", [{"password": "another"}, {"refresh": {"db": {"mask": "delete from people"}}}])
+def test_whatever_changes_of_what_the_host_is_told_of_backups_is_a_change_that_is_deployed(
+    other: dict[str, Any],
+) -> None:
+    """An output alone is none: a new key or mask would be set, and not there."""
+
+    def digest(**document: Any) -> str:
+        ran = run(lambda: Backups("prod-backups", {"jobs": pulumi.Output.from_input({}), **document}))
+        return str(ran.all("bulkhead:index:Backups")["prod-backups"]["digest"])
+
+    told = {"password": "key", "refresh": {}}
+    assert digest(**told) == digest(**told)
+    assert digest(**told) != digest(**{**told, **other})
+
+
+def test_a_key_that_was_generated_stays_where_one_is_given() -> None:
+    """It is protected, as prod's data is: the engine would refuse to take it away."""
+    known: list[str] = []
+
+    def program() -> object:
+        key = repository_key("prod-backup-key", Tier.PROTECTED, "given", pulumi.ResourceOptions())
+        return key.value.apply(known.append)
+
+    assert list(run(program).all(COMMAND)) == ["prod-backup-key-generated"]
+    assert known == ["given"]
+
+
+def backups(ran: Ran) -> None:
+    (one,) = ran.all("bulkhead:index:Backups").values()
+    assert set(one) == {"digest"}
+    assert len(one["digest"]["value"]) == 64  # a secret
+
+
 def service(ran: Ran) -> None:
     containers = ran.all(CONTAINER)
     assert sorted(containers) == ["dev-api-1", "dev-api-2"]
@@ -224,6 +259,7 @@ REGISTERS: dict[str, Callable[[Ran], None]] = {
     "Service": service,
     "Files": files,
     "BackupJob": backup_job,
+    "Backups": backups,
     "Environment": environment,
     "HostCommand": host_command,
 }
