@@ -22,6 +22,8 @@ PRIVATE4 = ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "1
 PRIVATE6 = ("fc00::/7", "ff00::/8")
 # RFC 3927 and RFC 4291. Clouds serve a machine's own credentials there (169.254.169.254).
 LINK_LOCAL4, LINK_LOCAL6 = "169.254.0.0/16", "fe80::/10"
+# Azure's and, once, Oracle's: neither private nor link-local (learn.microsoft.com, "What is IP address 168.63.129.16").
+METADATA4 = "{ 168.63.129.16, 192.0.0.0/24 }"
 # Without these IPv6 finds no neighbour. Routers and redirects are not among them: a container is no router.
 NEIGHBOURS = "{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld-listener-report, mld2-listener-report }"
 # Bridges that the engine names itself, and its default one, where builds run.
@@ -123,6 +125,7 @@ def ruleset(environments: Sequence[Environment]) -> str:
             *_resolvers("accept"),
             f"    fib daddr type local {_drop('to the host')}",
             f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
+            f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
             f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
             "  }",
             "}",
@@ -193,6 +196,7 @@ def _egress(one: Environment) -> list[str]:
         return ["    accept"]
     local = [
         f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
+        f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
         f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
     ]
     # Its own name servers are all that a container needs of a private network to find what it may reach.
@@ -251,8 +255,8 @@ def unit() -> str:
     """The systemd unit: in force before the engine starts its first container, and again when nftables is reloaded."""
     return (
         "[Unit]\nDescription=Bulkhead: firewall between environments\nDefaultDependencies=no\n"
-        # `nftables.service` flushes every table when it is restarted.
-        "After=local-fs.target nftables.service\nPartOf=nftables.service\n"
+        # `nftables.service` flushes every table when it is restarted or reloaded.
+        "After=local-fs.target nftables.service\nPartOf=nftables.service\nReloadPropagatedFrom=nftables.service\n"
         "Before=network-pre.target docker.service\nWants=network-pre.target\nConflicts=shutdown.target\n"
         "Before=shutdown.target\n"
         f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/sbin/nft --file {FILE}\n"

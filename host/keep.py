@@ -18,9 +18,10 @@ from typing import Any
 
 from host.machine import START_ENGINE, Places, Undecided, ask, deploying, inspect, read_json, write
 
-LABEL, BEST_EFFORT = "bulkhead.environment", "best-effort"
+LABEL, PROBE, BEST_EFFORT = "bulkhead.environment", "bulkhead.probe", "best-effort"
 GRACE_SECONDS = 15 * 60
-DU_SECONDS = 30 * 60
+DU_SECONDS = 200
+"""A count that takes longer is not waited for: keep has other things to do, and 300 seconds (its unit's limit)."""
 DU_SHARE = 20
 """After counting an environment's files for a second, they are not counted again for this many, unless so much has been
 written to the disk since that it may be over its ceiling."""
@@ -152,16 +153,21 @@ def inspected() -> list[dict[str, Any]]:
 
 
 def members(environment: str, parent: str, containers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The containers with an environment's label, and those in its slice (builds, or what somebody started there)."""
+    """The containers with an environment's label, and those in its slice (builds, or what somebody started there).
+
+    The prober's are not: it would wait for what is paused, and they go by themselves.
+    """
+    labels = [(one, one["Config"].get("Labels") or {}) for one in containers]
     return [
         one
-        for one in containers
-        if (one["Config"].get("Labels") or {}).get(LABEL) == environment or one["HostConfig"]["CgroupParent"] == parent
+        for one, known in labels
+        if (known.get(LABEL) == environment or one["HostConfig"]["CgroupParent"] == parent) and PROBE not in known
     ]
 
 
 def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The folders on the host that an environment fills: its volumes, its containers' own layers, and their logs.
+    """The folders on the host that an environment fills: its volumes, folders that it may write to, its containers' own
+    layers, and what the engine has of each (logs of any driver, /etc/hosts).
 
     Images and the build cache are shared by all and made by deploys only; they are no part of it.
     """
@@ -170,12 +176,14 @@ def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set
     for container in containers:
         mounts = container.get("Mounts") or ()
         paths |= {
-            mount["Source"] for mount in mounts if mount.get("Type") == "volume" and mount.get("Driver") == "local"
+            mount["Source"]
+            for mount in mounts
+            if (mount.get("Type") == "volume" and mount.get("Driver") == "local")
+            or (mount.get("Type") == "bind" and mount.get("RW") and Path(mount["Source"]).is_dir())
         }
         layers = (container.get("GraphDriver") or {}).get("Data") or {}
         paths |= {layers[key] for key in ("UpperDir",) if key in layers}
-        if container.get("LogPath"):
-            paths.add(str(Path(container["LogPath"]).parent))
+        paths |= {str(Path(container[key]).parent) for key in ("LogPath", "HostnamePath") if container.get(key)}
     return paths
 
 
@@ -185,8 +193,8 @@ def on_disks(paths: Iterable[str]) -> int:
     return sum(shutil.disk_usage(path).used for path in disks.values())
 
 
-def used(paths: Iterable[str]) -> int:
-    """Bytes that these folders take up on the disk; what is in two of them counts once."""
+def used(paths: Iterable[str], seconds: float = DU_SECONDS) -> int:
+    """Bytes that these folders take up on the disk; what is in two of them counts once. TimeoutExpired."""
     there = sorted(path for path in paths if Path(path).exists())
     if not there:
         return 0
@@ -197,7 +205,7 @@ def used(paths: Iterable[str]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        timeout=DU_SECONDS,
+        timeout=seconds,
         check=False,
     )
     lines = counted.stdout.splitlines()
@@ -229,15 +237,18 @@ def hold(
         until = now + GRACE_SECONDS  # somebody has let it go on
     if deploys or now < until:
         return {"state": "released", "paused": sorted(mine), "released_until": until}
-    if running:
-        _each("pause", running)
-    return {"state": "paused", "paused": sorted(mine | running), "released_until": 0.0}
+    stopped = _each("pause", running)
+    return {"state": "paused", "paused": sorted(mine | stopped), "released_until": 0.0}
 
 
-def _each(verb: str, identifiers: Iterable[str]) -> None:
-    """One by one: a container that has just ended must not keep the others from it."""
+def _each(verb: str, identifiers: Iterable[str]) -> set[str]:
+    """One by one: a container that has just ended must not keep the others from it. Those with which it worked."""
+    done = set()
     for identifier in sorted(identifiers):
-        subprocess.run(["docker", verb, identifier], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        command = ["docker", verb, identifier]
+        if not subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+            done.add(identifier)
+    return done
 
 
 def disk(
@@ -246,6 +257,7 @@ def disk(
     containers: Sequence[Mapping[str, Any]],
     before: Mapping[str, Any],
     deploys: bool,
+    seconds: float = DU_SECONDS,
 ) -> dict[str, Any]:
     """Counts what an environment takes up on the disk, when it is due, and holds it to its ceiling."""
     ceiling, now = int(promised["disk"]), time.time()
@@ -255,7 +267,7 @@ def disk(
     filled = on_disks(paths)
     near = before.get("state") != "below" or filled - there > ceiling - size
     if before.get("ceiling") != ceiling or now >= at + (1 if near else DU_SHARE) * took:
-        size = used(paths)
+        size = used(paths, seconds)
         at, took, there = now, time.time() - now, filled
     stands = hold(ceiling, size, mine, before, deploys, time.time())
     changed = stands["state"] != before.get("state")
@@ -324,13 +336,21 @@ def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places)
     try:
         containers = inspected() if limited or freed else []
         for name, promised in limited.items():
-            environments[name]["disk"] = disk(name, promised, containers, known[name], name in under_way)
+            try:
+                environments[name]["disk"] = disk(
+                    name, promised, containers, known[name], name in under_way, DU_SECONDS / len(limited)
+                )
+            except subprocess.TimeoutExpired:
+                undecided.append(
+                    f"{name}: its files could not be counted within {DU_SECONDS / len(limited):.0f} s, so nothing "
+                    "holds its disk. Next step: see which folder has so many: du --inodes"
+                )
         for name in freed:  # its ceiling has been taken away while it was above it
             hold(0, 0, containers, known[name], False, 0)
-    except (Undecided, subprocess.TimeoutExpired) as error:
+    except Undecided as error:
         undecided.append(str(error))
-        for name in (*limited, *freed):  # what is paused has to be known at the next run
-            environments[name]["disk"] = environments[name]["disk"] or known[name] or None
+    for name in (*limited, *(freed if undecided else ())):  # what is paused has to be known at the next run
+        environments[name]["disk"] = environments[name]["disk"] or known[name] or None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "environments": environments,

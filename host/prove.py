@@ -40,6 +40,7 @@ BLOCKED, WORKS = "blocked", "works"
 STOPPED = re.compile(
     r"no answer|unreachable|denied|not there|not found|not seen|only its own|.*refused \(EAGAIN\)|.*killed"
 )
+NOT_TRIED = "not tried: the probe did not say"
 PASSED = re.compile(r"connected|answered|resolved")
 
 # Open for writing, they are a way out of the container: a program of the container's that the host runs, the host's
@@ -192,15 +193,15 @@ def prove(places: Places, options: Options) -> list[Proof]:
     """Every path, tried. `Undecided` when there is nothing to try from, or the engine does not answer."""
     declared = read_json(places.declared / "host.json")["environments"]
     chosen = [name for name in declared if not options.environments or name in options.environments]
-    with probes(declared, options) as networks:
+    with probes(declared, options) as (networks, untried):
         sources = [one for one in networks if one.environment in chosen]
-        if not sources:
+        if not sources and not untried:
             raise Undecided("no network of an environment is there to try from. Next step: make up")
         running = containers(declared)
         host = Host.of(networks)
         with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
             made = pool.map(lambda one: tried(one, networks, running, host, declared, options), sources)
-            proofs = [proof for found in made for proof in found]
+            proofs = [*(one for one in untried if one.environment in chosen), *(one for found in made for one in found)]
             proofs += arrivals(networks, chosen)
         if options.ceilings:
             # From any of its networks: the ceilings are of the whole environment.
@@ -388,8 +389,12 @@ def _python_files() -> Iterator[Path]:
 
 
 @contextmanager
-def probes(declared: Mapping[str, Any], options: Options) -> Iterator[list[Network]]:
-    """Two containers in every network of every environment, in its slice; they are gone afterwards."""
+def probes(declared: Mapping[str, Any], options: Options) -> Iterator[tuple[list[Network], list[Proof]]]:
+    """Two containers in every network of every environment, in its slice; they are gone afterwards.
+
+    Where they cannot be started, as in one that is at its limit of processes, is told as what should have worked: one
+    environment does not keep the others from being proved.
+    """
     mark = secrets.token_hex(4)
     try:
         wanted = [
@@ -399,7 +404,8 @@ def probes(declared: Mapping[str, Any], options: Options) -> Iterator[list[Netwo
         ]
         made = image()
         with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
-            yield list(pool.map(lambda one: _started(one, declared, made, mark, options), wanted))
+            begun = list(pool.map(lambda one: _started(one, declared, made, mark, options), wanted))
+        yield [one for one in begun if isinstance(one, Network)], [one for one in begun if isinstance(one, Proof)]
     finally:
         left = subprocess.run(
             ["docker", "ps", "--all", "--quiet", "--filter", f"label={LABEL}={mark}"],
@@ -413,6 +419,16 @@ def probes(declared: Mapping[str, Any], options: Options) -> Iterator[list[Netwo
 
 
 def _started(
+    network: Mapping[str, Any], declared: Mapping[str, Any], made: str, mark: str, options: Options
+) -> Network | Proof:
+    try:
+        return _probing(network, declared, made, mark, options)
+    except (Undecided, subprocess.TimeoutExpired) as error:
+        environment = network["Labels"][ENVIRONMENT]
+        return Proof(environment, network["Name"], "probe", "starts in its slice", WORKS, f"not tried: {error}")
+
+
+def _probing(
     network: Mapping[str, Any], declared: Mapping[str, Any], made: str, mark: str, options: Options
 ) -> Network:
     environment = network["Labels"][ENVIRONMENT]
@@ -466,18 +482,16 @@ def seen(listener: str) -> str:
 
 
 def asked(container: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What came of attempts that a probe makes. `Undecided` when it does not say."""
+    """What came of attempts that a probe makes: of each that it is not tried, where the probe does not say."""
     command = ["docker", "exec", "--interactive", container, str(PYTHON), "-ESs", "/probe.py", "attempt"]
-    done = subprocess.run(
-        command, input=json.dumps(list(wanted)), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
     try:
+        done = subprocess.run(
+            command, input=json.dumps(list(wanted)), capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         found = [str(one) for one in json.loads(done.stdout)]
-    except ValueError:
+    except (ValueError, subprocess.TimeoutExpired):
         found = []
-    if len(found) != len(wanted):
-        raise Undecided(f"a probe ended early: {done.stderr.strip()[-500:]}. Next step: docker logs {container}")
-    return found
+    return found if len(found) == len(wanted) else [NOT_TRIED] * len(wanted)
 
 
 # --- The paths -----------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ WORLD_ADDRESSES = {
     "private network": "192.168.77.5",
     RESOLVER: "192.168.77.53",
     "metadata": "169.254.169.254",
+    "metadata of Azure": "168.63.129.16",
+    "metadata of Oracle": "192.0.0.192",
     "unique local IPv6": "fd00:ec2::254",
 }
 CONTAINERS = {

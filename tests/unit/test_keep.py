@@ -5,6 +5,7 @@ import argparse
 import fcntl
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -163,8 +164,9 @@ class Engine:
         self.states = dict.fromkeys(identifiers, "running")
         monkeypatch.setattr(keep, "_each", self.each)
 
-    def each(self, verb: str, identifiers: Any) -> None:
+    def each(self, verb: str, identifiers: Any) -> set[str]:
         self.states |= dict.fromkeys(identifiers, {"pause": "paused", "unpause": "running"}[verb])
+        return set(identifiers)
 
     def hold(self, size: int, before: Mapping[str, Any], *, now: float, deploys: bool = False) -> dict[str, Any]:
         containers = [container(identifier, status) for identifier, status in self.states.items()]
@@ -256,10 +258,16 @@ def test_volumes_layers_and_logs_count_and_what_is_on_no_disk_of_the_engine_does
         {"Type": "volume", "Driver": "local", "Source": "/v/unnamed"},
         {"Type": "volume", "Driver": "nfs", "Source": "/elsewhere"},
         {"Type": "bind", "Source": "/home"},
+        {"Type": "bind", "Source": str(docker), "RW": True},
+        {"Type": "bind", "Source": str(docker / "volume-ls"), "RW": True},
     ]
     full = container("a", Mounts=mounts, GraphDriver={"Data": {"UpperDir": "/l/diff"}}, LogPath="/c/a/a-json.log")
-    bare = container("b", Mounts=None, GraphDriver={"Data": None}, LogPath="")
-    assert keep.written_to("dev", [full, bare]) == {"/v/data", "/v/unnamed", "/l/diff", "/c/a"}
+    bare = container("b", Mounts=None, GraphDriver={"Data": None}, LogPath="", HostnamePath="/c/b/hostname")
+    assert keep.written_to("dev", [full, bare]) == {
+        *("/v/data", "/v/unnamed", "/l/diff", "/c/a"),
+        "/c/b",  # its driver has a log there too, and tells nobody
+        str(docker),
+    }
     asked = (docker / "asked").read_text().splitlines()
     assert asked == [
         "volume ls --quiet --filter label=bulkhead.environment=dev",
@@ -295,8 +303,10 @@ def test_a_container_that_ends_between_list_and_question_is_asked_around_once(
 def test_one_container_that_cannot_be_paused_keeps_no_other_from_it(docker: Path) -> None:
     (docker / "pause-b").touch()
     containers = [container("b"), container("a")]
-    assert keep.hold(100, 101, containers, {}, False, 0)["paused"] == ["a", "b"]
-    assert (docker / "asked").read_text() == "pause a\npause b\n"
+    held = keep.hold(100, 101, containers, {}, False, 0)
+    assert held["paused"] == ["b"]  # so that the other is not taken for one that somebody has let go on
+    assert keep.hold(100, 101, [container("a"), container("b", "paused")], held, False, 1)["state"] == "paused"
+    assert (docker / "asked").read_text() == "pause a\npause b\npause a\n"
 
 
 def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +314,7 @@ def test_files_are_counted_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> No
     much has been written to the disk, by whomever, that it may be over."""
     now, counted, size, filled = 1000.0, 0, 50, 700
 
-    def used(_: object) -> int:
+    def used(*_: object) -> int:
         nonlocal now, counted
         counted += 1
         now += 2
@@ -358,7 +368,8 @@ def test_an_environments_containers_are_those_with_its_label_and_those_in_its_sl
     build = container("build", Config={"Labels": None})
     prod = container("prod", Config={"Labels": {keep.LABEL: "prod"}}, HostConfig={"CgroupParent": "/bulkhead-prod"})
     moved = container("moved", HostConfig={"CgroupParent": ""})
-    found = keep.members("dev", "/bulkhead-dev", [build, prod, moved])
+    prober = container("prober", Config={"Labels": {keep.PROBE: "mark"}})  # it proves walls, and is waited for
+    found = keep.members("dev", "/bulkhead-dev", [build, prod, moved, prober])
     assert [one["Id"] for one in found] == ["build", "moved"]
 
 
@@ -389,7 +400,7 @@ def test_a_run_is_told_in_the_report_and_the_metrics(
     monkeypatch.setattr(keep, "inspected", lambda: [container(name, state) for name, state in engine.states.items()])
     monkeypatch.setattr(keep, "written_to", lambda *_: [])
     sizes = iter((101, 101, 100))
-    monkeypatch.setattr(keep, "used", lambda _: next(sizes))
+    monkeypatch.setattr(keep, "used", lambda *_: next(sizes))
     assert run(places) == 1
     assert (dev.read_text(), prod.read_text()) == ("1000", "0\n")
     report = json.loads((places.state / "keep.json").read_text())
@@ -475,6 +486,27 @@ def test_an_environment_whose_ceiling_is_taken_away_goes_on(
     assert run(places) == 0
     assert engine.states == {"a": "running", "b": "running", "of another": "paused"}
     assert json.loads((places.state / "keep.json").read_text())["environments"]["dev"]["disk"] is None
+
+
+def test_files_that_take_too_long_to_count_are_told_and_hold_up_nobody_else(
+    places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared(places, dev=DEV, other={**DEV, "cgroup_parent": "/bulkhead-other"})
+
+    def used(paths: str, seconds: float) -> int:
+        assert seconds == keep.DU_SECONDS / 2  # both within what the unit has
+        if paths == "dev":
+            raise subprocess.TimeoutExpired("du", seconds)
+        return 7
+
+    monkeypatch.setattr(keep, "inspected", list)
+    monkeypatch.setattr(keep, "written_to", lambda name, _: name)
+    monkeypatch.setattr(keep, "on_disks", lambda _: 0)
+    monkeypatch.setattr(keep, "used", used)
+    assert run(places) == 2
+    assert "undecided: dev: its files could not be counted within 100 s" in capsys.readouterr().out
+    found = json.loads((places.state / "keep.json").read_text())["environments"]
+    assert (found["dev"]["disk"], found["other"]["disk"]["used"]) == (None, 7)
 
 
 def test_without_an_engine_scores_are_kept_and_what_is_paused_is_remembered(

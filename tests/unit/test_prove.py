@@ -3,12 +3,15 @@ That each path is really tried, and really turns red when it is open, is shown o
 
 import socket
 import struct
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from host import probe
+from host import probe, prove
+from host.machine import Undecided
 from host.prove import (
     BLOCKED,
     WORKS,
@@ -170,3 +173,45 @@ def test_the_hosts_addresses_on_a_bridge_are_found_whether_or_not_the_engine_tel
 
     interfaces = [interface("docker0", "172.17.0.1"), interface("br-0123456789ab", "10.81.1.1", "10.81.1.9")]
     assert bridge_addresses({"Id": "0123456789abcdef", **network}, interfaces) == found
+
+
+# One environment does not keep the others from being proved.
+
+
+@pytest.mark.parametrize("answer", ["", "[]", "no JSON"])
+def test_what_a_probe_does_not_say_was_not_tried_and_is_never_as_expected(
+    monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        if answer:
+            return subprocess.CompletedProcess([], 1, answer, "")
+        raise subprocess.TimeoutExpired("docker", 300)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = prove.asked("sender", [{"kind": "tcp"}, {"kind": "udp"}])
+    assert found == [prove.NOT_TRIED] * 2
+    for expected in (prove.BLOCKED, prove.WORKS):
+        assert not prove.Proof("dev", "dev-net", "container, TCP", "prod", expected, found[0]).ok
+
+
+def test_an_environment_in_which_no_probe_starts_is_told_and_the_others_are_proved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at its limit of processes."""
+    networks = [{"Id": name, "Name": f"{name}-net", "Labels": {prove.ENVIRONMENT: name}} for name in ("dev", "prod")]
+
+    def probing(network: Mapping[str, Any], *_: object) -> prove.Network:
+        if network["Id"] == "dev":
+            raise Undecided("docker: pids limit reached: killed")
+        return prove.Network("prod", "prod-net", (), "sender", "listener", ())
+
+    monkeypatch.setattr(prove, "listed", lambda *_: [])
+    monkeypatch.setattr(prove, "inspected", lambda *_: networks)
+    monkeypatch.setattr(prove, "image", lambda: "image")
+    monkeypatch.setattr(prove, "_probing", probing)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    with prove.probes({"dev": {}, "prod": {}}, prove.Options(prove.Named((), (), ()))) as (there, untried):
+        assert [one.name for one in there] == ["prod-net"]
+        (told,) = untried
+        assert (told.environment, told.ok) == ("dev", False)
+        assert "pids limit" in told.observed
