@@ -8,6 +8,7 @@ from typing import Any
 
 from policies.rule import BEST_EFFORT, ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, number, rule
 from policies.world import CONTAINER, IMAGE, JOB, VOLUME, Field, Resource
+from settings.ledger import Tier
 
 DIGEST = re.compile(r"(?:^|@)sha256:[0-9a-f]{64}$")
 ROTATING = frozenset({"json-file", "local"})
@@ -15,6 +16,9 @@ ROTATING = frozenset({"json-file", "local"})
 
 SHIPPING = frozenset({"journald", "syslog", "fluentd", "gelf", "awslogs", "splunk", "gcplogs", "none"})
 """Log drivers that leave no file with the engine."""
+
+CONNECTING = SHIPPING - {"journald", "none"}
+"""Log drivers with which the engine sends what a container prints to an address that its settings name."""
 
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
 
@@ -108,7 +112,14 @@ def _rotation(resource: Resource) -> Mapping[str, Any] | None:
 def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
     """`json-file` keeps everything for ever unless told a size; `local` rotates by itself."""
     driver = about.one("logDriver") or "json-file"
-    if driver not in ROTATING | SHIPPING:
+    if about.tier == Tier.BEST_EFFORT and driver in CONNECTING:
+        yield Finding(
+            repr(driver),
+            "the engine itself would connect to where it says, past every wall between environments",
+            f"use one of {', '.join(sorted((ROTATING | SHIPPING) - CONNECTING))}, and ship logs from a service",
+            at="logDriver",
+        )
+    elif driver not in ROTATING | SHIPPING:
         yield Finding(
             repr(driver),
             "nobody here knows where this driver writes, and how much",

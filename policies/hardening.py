@@ -363,7 +363,8 @@ def sysctls(field: Field, _about: Subject) -> Iterator[Finding]:
     exemptable=ENVIRONMENTS,
     options={
         "writable": listed(
-            ["/srv/{environment}"], "Folders that may be mounted, and what is in them; {environment} is its name."
+            ["/srv/{environment}"],
+            "Folders of which what is directly in them may be mounted; {environment} is its name.",
         ),
         "readable": listed(
             ["{checkout}", "/etc/localtime", "/etc/timezone"],
@@ -372,7 +373,11 @@ def sysctls(field: Field, _about: Subject) -> Iterator[Finding]:
     },
 )
 def host_path(field: Field, about: Subject) -> Iterator[Finding]:
-    """A named folder for each environment, and the project's own files read-only; nothing above them."""
+    """What is directly in a named folder for each environment, and the project's own files read-only.
+
+    Not the folder itself, and nothing deeper: whoever may write in the folder above puts a link there, to the host's
+    root, and the engine follows it.
+    """
     for path in opened(field):
         if not path.startswith("/") and not field.path.endswith(".device"):
             continue
@@ -380,14 +385,17 @@ def host_path(field: Field, about: Subject) -> Iterator[Finding]:
         if path in DEVICELESS or socket_in(path) or overlaps(path, ENGINE_DATA) or disk:
             continue  # no folder at all, or one that engine-socket and engine-data refuse
         read_only = _read_only(field, about)
-        allowed = [*about.options["writable"], *(about.options["readable"] if read_only else ())]
-        if not any(_within(normal(path), _folder(one, about)) for one in allowed):
+        named = normal(path)
+        own = any(named.rpartition("/")[0] == _folder(one, about) for one in about.options["writable"])
+        if not own and not (
+            read_only and any(_within(named, _folder(one, about)) for one in about.options["readable"])
+        ):
             yield Finding(
                 repr(path),
                 f"it is a folder of the host that is not meant for {about.resource.stack}"
                 + ("" if read_only else ", and it is mounted writable"),
-                f"use a named volume, {_folder('/srv/{environment}', about)}, or for files of the project a read-only "
-                "mount (:ro)",
+                f"use a named volume, {_folder('/srv/{environment}/<name>', about)}, or for files of the project a "
+                "read-only mount (:ro)",
             )
 
 
