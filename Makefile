@@ -16,7 +16,7 @@ KEY ?=
 .NOTPARALLEL:
 .PHONY: help setup bootstrap up preview report drift down verify prove firewall backup restore drill refresh-dev prune recover bucket plan doctor pulumi test test-slow test-engine \
 	mutate lint lint-workflows format \
-	bench bench-interference diagram engine-start engine-stop clean
+	bench bench-interference bench-backup diagram engine-start engine-stop clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,7 +81,7 @@ prune: ## Let go of a bucket's old snapshots, with the pruner's AWS_… credenti
 	@$(SETUP) preview
 	@$(CLI) prune $(ENV) $(ARGS)
 
-recover: setup ## Bring a lost host back, on a fresh machine: make recover FROM=/srv/backup RECOVERY_KEY=…
+recover: setup ## Bring a lost host back, on a fresh machine: make recover FROM=/srv/backup
 	@$(CLI) recover $(if $(FROM),--from "$(FROM)") $(if $(ENV),--environment "$(ENV)")
 
 drill: ## Restore the newest backups, check them, throw them away: make drill ENV=prod
@@ -147,6 +147,10 @@ bench: setup ## Deploys as ratios to plain Pulumi and Compose, previews at 10, 1
 bench-interference: ## What dev's misbehaviour costs prod, and what dev gets: 5 minutes, or ARGS=--full; loads the machine
 	@$(SETUP) test
 	@$(PYTHON) -m bench.interference $(ARGS)
+
+bench-backup: ## What a backup costs prod's clients, and its speed beside pg_basebackup and restic alone: half an hour
+	@$(SETUP) test
+	@$(PYTHON) -m bench.backup $(ARGS)
 
 engine-start: ## Start a Docker engine if none answers
 	@$(SETUP) engine-start

@@ -1,0 +1,50 @@
+"""What the backup benchmark makes of its numbers: ratios of what ran in one run, and the page that tells them."""
+
+from typing import Any
+
+from bench import backup
+
+
+def seen(p50: float) -> dict[str, float]:
+    return {"throughput": 100.0, "p50": p50, "p99": 4 * p50, "errors": 0, "backups": 1}
+
+
+def found(pairs: int = 3) -> dict[str, Any]:
+    ours = {"backup": 20.0, "again": 10.0, "restore": 25.0, "added": 2_000_000, "size": 2_000_000_000}
+    plain = {"backup": 18.0, "pg_basebackup": 5.0, "restore": 20.0}
+    return {
+        "at": "2026-01-02T03:04:05+00:00",
+        "machine": {"cpus": 2, "memory": 8 * 2**30, "docker": "20.10", "cgroup_version": "2"},
+        "capacity": 250.0,
+        "rate": 100,
+        "pairs": [{"with": seen(5.5), "without": seen(5)}] * pairs,
+        "rounds": [{"ours": ours, "plain": plain}] * 3,
+    }
+
+
+def test_each_ratio_is_of_what_was_measured_in_one_round() -> None:
+    values = {what: ratio.partition(" ")[0] for what, ratio, _ in backup.ratios(found())}
+    assert values == {
+        "prod's throughput during a backup, to without": "1",
+        "prod's p50 during a backup, to without": "1.1",
+        "prod's p99 during a backup, to without": "1.1",
+        "backup's throughput, to pg_basebackup into restic": "0.9",
+        "backup's throughput, to pg_basebackup into nothing": "0.25",
+        "restore's throughput, checks and recovery included, to restic into tar": "0.8",
+        "time of a second backup of the same data, to the first": "0.5",
+        "bytes that a second backup of the same data adds, to all": "0.001",
+    }
+
+
+def test_the_page_tells_the_machine_the_load_and_every_ratio() -> None:
+    told = backup.page(found())
+    for part in (
+        "2026-01-02",
+        "2 CPUs, 8 GiB",
+        "2.0 GB in its database",
+        "100 times a second",
+        "20 s for a backup (100 MB/s)",
+    ):
+        assert part in " ".join(told.split()), part
+    for what, ratio, _ in backup.ratios(found()):
+        assert f"| {what} | {ratio} |" in told
