@@ -29,7 +29,7 @@ from bench.interference_load import Generator
 from bench.interference_results import bootstrap_ratio
 from cli.agent import BACKUPS, PROGRAM
 from engine import build
-from host.backup import State
+from host.backup import LOWEST, State
 from host.engines import OUR_SLOT, Postgres, mountpoint, of_service
 from host.machine import Places
 from host.restic import BackupError, Repository
@@ -58,8 +58,6 @@ ROW_BYTES = 1120
 """What a row of `filler` takes up on the disk. Hexadecimal digits: half as dense as what cannot be compressed."""
 TARGET = 0.95
 DOCS = Path("docs/research")
-LOWEST: Sequence[str] = ("nice", "-n", "19", "ionice", "-c", "3")
-"""As `host.backup` runs what is due, where no systemd does."""
 
 
 def options() -> argparse.Namespace:

@@ -69,12 +69,11 @@ class Agent:
         if jobs is None:
             self._root(f"rm -f {file} {BACKUPS}/{stack}.held")
             return
+        hold = f"touch {BACKUPS}/{stack}.held\n" if held else ""  # first, so that nothing runs in between
         script = (
-            f"umask 077\nmkdir -p {BACKUPS}\ncat > {file}.new\n"
+            f"umask 077\nmkdir -p {BACKUPS}\n{hold}cat > {file}.new\n"
             f"if cmp -s {file}.new {file}; then rm {file}.new; else mv {file}.new {file}; fi\n"
         )
-        # First, so that nothing runs in between.
-        script = f"umask 077\nmkdir -p {BACKUPS}\n{f'touch {BACKUPS}/{stack}.held' if held else ':'}\n{script}"
         self._root(script, json.dumps(jobs, indent=1, sort_keys=True).encode())
 
     def release(self, stack: str) -> None:

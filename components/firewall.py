@@ -124,9 +124,7 @@ def ruleset(environments: Sequence[Environment]) -> str:
             "  chain from_default_bridge {",
             *_resolvers("accept"),
             f"    fib daddr type local {_drop('to the host')}",
-            f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
-            f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
-            f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
+            *_metadata(),
             "  }",
             "}",
             "",
@@ -194,11 +192,7 @@ def _from(one: Environment) -> list[str]:
 def _egress(one: Environment) -> list[str]:
     if one.egress is None:
         return ["    accept"]
-    local = [
-        f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
-        f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
-        f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
-    ]
+    local = _metadata()
     # Its own name servers are all that a container needs of a private network to find what it may reach.
     names = _resolvers("accept") if one.egress != (NO_EGRESS,) else []
     listed = [
@@ -215,6 +209,15 @@ def _egress(one: Environment) -> list[str]:
         f"    ip daddr @private4 {_drop('to private networks')}",
         f"    ip6 daddr @private6 {_drop('to private networks')}",
         "    accept",
+    ]
+
+
+def _metadata() -> list[str]:
+    """Where clouds serve a machine's own credentials and settings, and all else that is link-local."""
+    return [
+        f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
+        f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
+        f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
     ]
 
 

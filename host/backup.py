@@ -46,6 +46,8 @@ UNPRUNED = 2
 WAL_UNPRUNED = 20_000
 """Times the base backups that are to be kept, and snapshots of WAL (ten days' worth), beyond which somebody is told
 that nobody prunes a bucket."""
+LOWEST = ("nice", "-n", "19", "ionice", "-c", "3")
+"""What is due runs with the lowest claims on CPU and disk; where systemd starts it, its unit says the same."""
 LIMIT_SECONDS = 12 * 3600
 STOP_SECONDS = 60.0
 WAIT_SECONDS = 900.0
@@ -248,11 +250,11 @@ def alarms(job: Job, known: Mapping[str, Any], now: float) -> Iterator[tuple[str
 
 def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
     """Every alarm: the job, what it is, what is known."""
-    state, now = State(places), time.time()
+    state, now, waiting = State(places), time.time(), held(places)
     for job in jobs(places):
         for what, known in alarms(job, state.of(job), now):
             yield job, what, known
-        if job.environment in held(places):
+        if job.environment in waiting:
             yield job, "held", "not backed up by schedule: its data was yet to come back: make restore for each volume"
 
 
@@ -599,8 +601,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
                 print(f"not now: {holder(places)} goes on. Next step: wait for it", file=sys.stderr)
             return 0 if args.due else 2
         state = State(places)
-        well = True
-        well &= restore.put_right(places)
+        well = bool(restore.put_right(places))
         for environment in sorted(held(places) & {job.environment for job in wanted}):
             if args.anew:
                 (places.declared / f"backup/{environment}.held").unlink()
@@ -614,7 +615,8 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
         for mark in (one.mark for job in wanted for one in job.targets if args.anew):
             if mark:
                 mark.unlink(missing_ok=True)
-        for job in sorted(wanted, key=lambda job: job.environment in best_effort(places)):
+        last = best_effort(places)
+        for job in sorted(wanted, key=lambda job: job.environment in last):
             well &= worked(job, state, args, every)
     if args.json:
         print(json.dumps({job.key: state.of(job) for job in wanted}, indent=1))
@@ -698,7 +700,7 @@ def in_background(args: argparse.Namespace) -> int:
 
     options = [f"--environment={one}" for one in args.environment] + [f"--job={one}" for one in args.job]
     subprocess.Popen(
-        ["nice", "-n", "19", "ionice", "-c", "3", *program(), "backup", "--due", *options],
+        [*LOWEST, *program(), "backup", "--due", *options],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from host.machine import Undecided
 
@@ -36,6 +36,9 @@ ANSWER_SECONDS = 600
 INCOMPLETE = 3
 """restic's exit code for a snapshot without some of what was to be in it."""
 GIVE_UP_SECONDS = 2.0
+
+
+Made = TypeVar("Made")
 
 
 class BackupError(Exception):
@@ -181,7 +184,7 @@ class Repository:
         """
         return self._again(lambda: self._save_stream(producer, name, tags, seconds, variables))
 
-    def _again(self, save: Callable[[], Snapshot]) -> Snapshot:
+    def _again(self, save: Callable[[], Made]) -> Made:
         """Does it, and once more where what stood in the way could be put right."""
         try:
             return save()
@@ -311,12 +314,7 @@ class Repository:
         """Copies snapshots of another repository that are not here yet."""
         theirs = {"RESTIC_FROM_REPOSITORY": other.url, "RESTIC_FROM_PASSWORD": other.password}
         joined = Repository(self.url, self.password, self.cache, {**other.variables, **self.variables, **theirs})
-        try:
-            joined.call("copy", *snapshots, seconds=24 * 3600)
-        except BackupError as error:
-            if not self.prepared(error):
-                raise
-            joined.call("copy", *snapshots, seconds=24 * 3600)
+        self._again(lambda: joined.call("copy", *snapshots, seconds=24 * 3600))
         self._seen()
 
     def check(self) -> None:

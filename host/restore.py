@@ -528,18 +528,16 @@ def swapped(done: Restored, state: State, say: Say) -> str:
     ids = [one.id for one in running]
     ask(["docker", "volume", "create", "--label", f"{KEPT}={job.key}", kept], START_ENGINE)
     intent = job.folder / INTENT
-    folders = {name: str(mountpoint(name)) for name in (job.volume, done.volume, kept)}
-    here, fresh, there = (Path(folder) for folder in folders.values())
-    known = {"ids": ids, "here": str(here), "fresh": str(fresh), "there": str(there), "kept": kept}
-    write(intent, json.dumps({**known, "old": here.stat().st_ino}))
+    here, fresh, there = (mountpoint(name) for name in (job.volume, done.volume, kept))
+    folders = {"here": str(here), "fresh": str(fresh), "there": str(there)}
+    write(intent, json.dumps({**folders, "ids": ids, "kept": kept, "old": here.stat().st_ino}))
     with undisturbed():
         try:
             say(f"stopping {', '.join(one.inspected['Name'].lstrip('/') for one in running) or 'nothing'}")
-            if ids:
-                ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+            services("stop", ids)
             exchanged(here, fresh, there)
+            services("start", ids)
             if ids:
-                ask(["docker", "start", *ids], START_ENGINE, seconds=120)
                 healthy(ids)
         except BaseException as error:
             say(f"it does not run with it ({error}): putting the old data back")
@@ -554,14 +552,22 @@ def swapped(done: Restored, state: State, say: Say) -> str:
     return kept
 
 
+def services(verb: str, ids: Sequence[str]) -> None:
+    """Stops or starts these containers; a database has a minute to close in order."""
+    if ids and verb == "stop":
+        ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+    elif ids:
+        ask(["docker", verb, *ids], START_ENGINE, seconds=120)
+
+
 def undone(intent: Path) -> None:
     """Gives a volume its old data back, however far the exchange had come, and starts its services."""
     known = json.loads(intent.read_text())
     here, fresh, there = (Path(known[name]) for name in ("here", "fresh", "there"))
-    ids = [one for one in known["ids"] if one in ask(["docker", "ps", "--all", "--quiet", "--no-trunc"], START_ENGINE)]
+    there_are = ask(["docker", "ps", "--all", "--quiet", "--no-trunc"], START_ENGINE).split()
+    ids = [one for one in known["ids"] if one in there_are]
     if not here.exists() or here.stat().st_ino != known["old"]:
-        if ids:
-            ask(["docker", "stop", "--time=60", *ids], START_ENGINE, seconds=90 * len(ids))
+        services("stop", ids)
         if here.exists():
             empty = not any(here.iterdir())  # made by the engine in between
             if fresh.exists() and not empty:
@@ -571,8 +577,7 @@ def undone(intent: Path) -> None:
         there.mkdir(mode=0o700)
     # From here on it is the engine's to start them, whatever comes.
     intent.unlink()
-    if ids:
-        ask(["docker", "start", *ids], START_ENGINE, seconds=120)
+    services("start", ids)
     ask(["docker", "volume", "rm", "--force", known["kept"]], START_ENGINE)
 
 
@@ -664,13 +669,14 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
             # Who logs in where the copy goes does so with its own passwords, and nobody with those of where it is from.
             for role in query(LOGINS).splitlines():
                 query(passwords.get(role) or f'alter role "{role}" password null')
-            for database in query(engines.DATABASES).splitlines():
+            databases, folder = query(engines.DATABASES).splitlines(), mountpoint(volume)
+            for database in databases:
                 if query(engines.TABLES, database):
                     say(f"{job.key}: masking {database}")
                     masked(copy, facts, database, mask)
             # What the mask has replaced is still in dead rows, in statistics, and in the WAL: dev owns the files.
-            for database in query(engines.DATABASES).splitlines():
-                need_room(mountpoint(volume), int(query(LARGEST, database)))
+            for database in databases:
+                need_room(folder, int(query(LARGEST, database)))
                 query("delete from pg_statistic", database)
                 query("delete from pg_statistic_ext_data", database)
                 query("vacuum (full)", database, RECOVERY_SECONDS)

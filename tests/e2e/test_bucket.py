@@ -326,10 +326,8 @@ def test_a_full_bucket_is_said_and_leaves_no_snapshot(tmp_path: Path) -> None:
         there = writers(s3, target, tmp_path)
         command.repository(target, "prod", s3.variables, "key")
         kept = saved(there, "one")
-        began = time.monotonic()
         with pytest.raises(BackupError, match="make room"):
             there.save_stream(["head", "-c", "60000000", "/dev/urandom"], "file", ["job:j"], 300)
-        print("seconds", time.monotonic() - began)
         assert [one.id[:8] for one in there.snapshots()] == [kept.id]
 
 
