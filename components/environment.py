@@ -42,7 +42,8 @@ class EnvironmentArgs:
     `project`: its compose files, read. `subnet`: the range that its networks are cut from. `cgroup_parent`: its
     slice, as the host stack gives it. `secrets`: values by name, for `external` secrets and for variables.
     `cgroup_version`, `host`: the host's, see `components.service` and `components.image`.
-    `variables`: where secrets and configs with an `environment` take their values.
+    `variables`: where secrets and configs with an `environment` take their values. `reads`: what policies are to know
+    of the files that its Compose files name (`settings.reads.declared`).
     """
 
     project: compose.Project
@@ -53,6 +54,7 @@ class EnvironmentArgs:
     host: str | None = None
     secrets: Mapping[str, pulumi.Input[str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    reads: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class Environment(pulumi.ComponentResource):
@@ -68,7 +70,8 @@ class Environment(pulumi.ComponentResource):
     services: pulumi.Output[dict[str, object]]
 
     def __init__(self, name: str, args: EnvironmentArgs, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__("bulkhead:index:Environment", name, None, opts)
+        told = {"reads": {key: dict(one) for key, one in args.reads.items()}} if args.reads else None
+        super().__init__("bulkhead:index:Environment", name, told, opts)
         self._name, self._args = name, args
         project = args.project
         for note in (*project.notes, *notes(project, args.tier)):

@@ -18,14 +18,17 @@ import pulumi_docker as docker
 from components.labels import labels
 from settings import host
 from settings.compose import Build
+from settings.dockerfile import fetches
 from settings.ledger import Tier
 from settings.project import root
+from settings.reads import sent
 
 # Engines from here on heed a build's cgroup parent in BuildKit. 20.10 runs BuildKit in a group of the engine's own,
 # and heeds the parent in its first builder only (both measured).
 BUILDKIT_IN_SLICES = 23
 BUILD_SECONDS = 3600
 SHOWN_LINES = 25
+CACHE_NAMESPACE = "BUILDKIT_CACHE_MOUNT_NS"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def inputs(args: ImageArgs) -> dict[str, Any]:
             "dockerfile": args.build.dockerfile,
             "target": args.build.target,
             "buildArgs": dict(args.build.args),
+            "fetches": list(fetches((context / args.build.dockerfile).read_text(errors="replace"), args.build.args)),
             "cgroupParent": args.cgroup_parent,
         }
     return told
@@ -113,6 +117,8 @@ def build_command(reference: str, args: ImageArgs, build: Build, parent: str) ->
         *("--file", str(Path(build.context) / build.dockerfile)),
         *(word for name, value in sorted(told.items()) for word in ("--label", f"{name}={value}")),
         *(word for name, value in sorted(build.args.items()) for word in ("--build-arg", f"{name}={value}")),
+        # BuildKit has one set of cache mounts for all builds: what dev's puts there, prod's would install.
+        *("--build-arg", f"{CACHE_NAMESPACE}={args.environment}"),
         *(("--target", build.target) if build.target else ()),
         build.context,
     ]
@@ -154,14 +160,9 @@ def _build(reference: str, command: Sequence[str], variables: Mapping[str, str])
 
 def content_hash(build: Build) -> str:
     """12 hex digits over all that decides the result of a build: context (less .dockerignore), file, arguments."""
-    from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
-
     context = Path(build.context)
-    ignore = context / ".dockerignore"
-    patterns = ignore.read_text().splitlines() if ignore.is_file() else []
-    patterns = [line.strip() for line in patterns if line.strip() and not line.startswith("#")]
     digest = hashlib.sha256(repr((build.dockerfile, sorted(build.args.items()), build.target)).encode())
-    for relative in sorted(exclude_paths(str(context), patterns, dockerfile=build.dockerfile)):
+    for relative in sent(build):
         path = context / relative
         if path.is_dir() and not path.is_symlink():
             continue

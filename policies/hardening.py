@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, normal, opened, overlaps, socket_in
+from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, normal, opened, overlaps, socket_in, within
 from policies.rule import (
     BEST_EFFORT,
     ENVIRONMENTS,
@@ -20,6 +20,7 @@ from policies.rule import (
     rule,
 )
 from policies.world import BUILT, CONTAINER, IMAGE, NETWORK, Field, Resource
+from settings.reads import STATE
 
 BASELINE_CAPABILITIES = frozenset(
     {
@@ -387,9 +388,14 @@ def host_path(field: Field, about: Subject) -> Iterator[Finding]:
         read_only = _read_only(field, about)
         named = normal(path)
         own = any(named.rpartition("/")[0] == _folder(one, about) for one in about.options["writable"])
-        if not own and not (
-            read_only and any(_within(named, _folder(one, about)) for one in about.options["readable"])
-        ):
+        readable = read_only and any(within(named, _folder(one, about)) for one in about.options["readable"])
+        if readable and overlaps(path, [_folder(f"{{checkout}}/{STATE}", about)]):
+            yield Finding(
+                repr(path),
+                "Pulumi's state and its passphrase are in it, and with them the secrets of every environment",
+                "mount only the folders that the container needs",
+            )
+        elif not own and not readable:
             yield Finding(
                 repr(path),
                 f"it is a folder of the host that is not meant for {about.resource.stack}"
@@ -413,10 +419,6 @@ def _read_only(field: Field, about: Subject) -> bool:
 def _folder(written: str, about: Subject) -> str:
     checkout = about.world.settings.folder
     return normal(written.replace("{environment}", about.resource.stack).replace("{checkout}", str(checkout)))
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 @rule(

@@ -76,6 +76,11 @@ def _overlap(path: list[str], place: list[str]) -> bool:
     return path == [""] or all(fnmatchcase(one, other) for one, other in zip(path, place, strict=False))
 
 
+def within(path: str, folder: str) -> bool:
+    """Whether a path is this folder or in it."""
+    return normal(path) == normal(folder) or normal(path).startswith(f"{normal(folder).rstrip('/')}/")
+
+
 def opened(field: Field) -> Iterator[str]:
     """Every path on the host that a value of `MOUNTS` opens: `/run`, or `/a` and `/b` of `lowerdir=/a,upperdir=/b`."""
     value = str(field.value)

@@ -6,13 +6,25 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
-from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, opened, overlaps
-from policies.rule import BEST_EFFORT, EVERYWHERE, OPEN, PROTECTED, Finding, Open, Subject, UndecidedError, rule
+from policies.hostpath import DISKS, ENGINE_DATA, LINKS, MOUNTS, opened, overlaps, within
+from policies.rule import (
+    BEST_EFFORT,
+    EVERYWHERE,
+    OPEN,
+    PROTECTED,
+    Finding,
+    Open,
+    Subject,
+    UndecidedError,
+    listed,
+    rule,
+)
 from policies.wire import UNKNOWN
 from policies.world import (
     BUILT,
     CONTAINER,
     DECLARED,
+    ENVIRONMENT,
     HOST,
     IMAGE,
     NETWORK,
@@ -488,10 +500,54 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
 
 
 @rule(
+    id="build-reach",
+    title="builds of a best-effort environment reach neither the engine's network nor another's cache",
+    references=(
+        "ADD http://169.254.169.254 is fetched by the engine, past every firewall rule",
+        "a proxy is in no cache key: what it put into a layer, prod's build takes",
+    ),
+    reads={BUILT: ("build.fetches", "build.buildArgs.*"), IMAGE: ("build.context",)},
+    tiers=BEST_EFFORT,
+)
+def build_reach(field: Field, about: Subject) -> Iterator[Finding]:
+    """What RUN does, happens on the engine's default bridge and under the firewall; what the builder does, does not."""
+    if about.resource.type == IMAGE:
+        if field.value:
+            yield Finding(
+                "built by the provider",
+                "what its Dockerfile makes the engine fetch is not known here",
+                "build it with components.image (build in Compose)",
+            )
+    elif field.path.startswith("build.buildArgs."):
+        name = field.path.removeprefix("build.buildArgs.")
+        if PREDEFINED.fullmatch(name):
+            yield Finding(
+                name,
+                "it changes what a build fetches or where it caches, and not the cache's key: prod's builds would take "
+                "what was made with it",
+                "remove it; a proxy of the engine's own is set in its config.json",
+            )
+    elif field.value is None:
+        yield Finding("not set", "what its Dockerfile makes the engine fetch is not known", "build it with Compose")
+    else:
+        yield Finding(
+            repr(field.value),
+            "the engine fetches it itself, from the host's own network: metadata, the host's and every environment's "
+            "ports",
+            "write a name without variables, or fetch it with RUN, which the firewall sees; with Docker's own frontend",
+        )
+
+
+PREDEFINED = re.compile(r"BUILDKIT_\w+|(?:HTTPS?|FTP|NO|ALL)_PROXY", re.IGNORECASE)
+"""Build arguments that BuildKit reads itself (docs.docker.com, "Dockerfile reference", Predefined ARGs)."""
+
+
+@rule(
     id="foreign-files",
     title="no file or credential of a protected environment is used elsewhere",
     references=("prod's secrets and configs", "a registry or build cache credential of prod in dev"),
     reads={
+        ENVIRONMENT: ("reads.*.path", "reads.*.owner"),
         CONTAINER: ("uploads.source",),
         IMAGE: (
             "build.context",
@@ -505,9 +561,19 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
         PROVIDER: ("registryAuth.address", "registryAuth.username", "registryAuth.configFile"),
     },
     tiers=EVERYWHERE,
+    options={
+        "folders": listed(
+            ["/srv/{environment}"],
+            "Folders outside the checkout from which a best-effort environment's Compose files may take files.",
+        )
+    },
 )
 def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
-    """Told by the name: `secrets/prod/key`, `prod-deploy`. The value itself is not shown."""
+    """Told by the name (`secrets/prod/key`, `prod-deploy`), and for files of a Compose file by what the protected
+    environments name as theirs; what is outside the checkout may be anybody's. The value itself is not shown."""
+    if field.path.startswith("reads.") and about.own is not None:
+        yield from _read_by_compose(field, about)
+        return
     owner = naming(field.value, about) if field.value and about.own is not None else ""
     if owner:
         yield Finding(
@@ -515,6 +581,31 @@ def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
             f"with {owner}'s files or credentials this environment can do what only {owner} may",
             f"give {about.resource.stack} files and credentials of its own",
         )
+
+
+def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
+    path, mine = str(field.value or ""), about.resource.stack
+    own_file = f"give {mine} a file of its own in the checkout, or a secret under bulkhead:secrets"
+    if field.path.endswith(".owner"):
+        if field.value and field.value != mine:
+            yield Finding(
+                f"a secret of {path}, or what may be one",
+                f"deployed by somebody who may read it, {mine} would have it too",
+                own_file,
+            )
+    elif owner := naming(path, about):
+        yield Finding(f"named after {owner}", f"what is {owner}'s would be in {mine}", own_file)
+    elif about.tier == Tier.BEST_EFFORT and not _free(path, about):
+        yield Finding(
+            "outside the checkout" if path.startswith("/") else "a path with a variable in it",
+            "whose it is cannot be told from here, and the deployer may read prod's",
+            own_file + ", or list its folder in the option folders of this rule",
+        )
+
+
+def _free(path: str, about: Subject) -> bool:
+    folders = (str(one).replace("{environment}", about.resource.stack) for one in about.options["folders"])
+    return "$" not in path and (not path.startswith("/") or any(within(path, one) for one in folders))
 
 
 @rule(

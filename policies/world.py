@@ -25,6 +25,8 @@ OURS: Final = "bulkhead:index:"
 DECLARED: Final = f"{OURS}Volume"
 """The component of a volume: what the Compose file says of it."""
 JOB: Final = f"{OURS}BackupJob"
+ENVIRONMENT: Final = f"{OURS}Environment"
+"""The component of an environment: its inputs tell what its Compose files read on the deployer's machine."""
 BUILT: Final = f"{OURS}Image"
 """The component of an image: where it is built here, its inputs tell how."""
 

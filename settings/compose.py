@@ -1,8 +1,9 @@
 """Compose files as typed models, read through Compose itself (interpolation, merging, extends, include, profiles).
 A key that is not carried over is an error naming file, service and key: nothing is dropped silently."""
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ SECRET_PLACEHOLDER = "bulkhead-secret:{name}:"  # noqa: S105 - not a secret, wha
 """What Compose gets as the value of a secret variable; the deploy puts the decrypted value in its place."""
 
 _PLACEHOLDER = re.compile(r"bulkhead-secret:([^:]*):")
+_INHERIT = "set it under bulkhead:variables, or name it in the environment's inherit in Pulumi.host.yaml"
 _SECTIONS = ("services", "networks", "volumes", "secrets", "configs")
 
 
@@ -85,24 +87,29 @@ def read(
     profiles: Sequence[str] = (),
     variables: Mapping[str, str] = {},
     secrets: Iterable[str] = (),
+    inherited: Mapping[str, str] = os.environ,
 ) -> Project:
     """Reads and merges compose files as Compose does, and validates the result.
 
-    `variables` are for interpolation, before those of the process and of the `.env` file beside the first
-    compose file. `secrets` are names of secret variables: they become placeholders, allowed in `environment`
-    only. SettingsError for anything that cannot be carried over, with file, line, service and key.
+    `variables` are for interpolation, before those of the process (`inherited`: the ones that may be read) and of the
+    `.env` file beside the first compose file. `secrets` are names of secret variables: they become placeholders,
+    allowed in `environment` only. SettingsError for anything that cannot be carried over, with file, line, service and
+    key.
     """
     sources = Sources(files)
+    given = {**variables, **{name: SECRET_PLACEHOLDER.format(name=name) for name in secrets}}
+    hidden = os.environ.keys() - inherited.keys() - given.keys()
     rendered = render(
         sources,
         files,
         project=project_name(environment),
         profiles=profiles,
-        variables={**variables, **{name: SECRET_PLACEHOLDER.format(name=name) for name in secrets}},
+        variables=given,
+        inherited=inherited,
     )
     model = rendered.model
     found = [
-        *_unset_variables(rendered.unset, sources),
+        *_unset_variables(rendered.unset, sources, hidden),
         *_misplaced_extensions(rendered.extensions, sources),
         *_misplaced_secrets(model, (), sources),
         *_lost_keys(model, sources),
@@ -113,7 +120,8 @@ def read(
             {
                 "environment": environment,
                 "files": tuple(str(file) for file in files),
-                "notes": tuple(_notes(model)),
+                "notes": (*_notes(model), *_unread(hidden & sources.interpolated() - set(rendered.unset))),
+                "variable_files": tuple(sorted(set(sources.variable_files()))),
                 **{
                     section: {
                         name: _adapted(section, name, entry or {}, rendered.extensions, environment, model)
@@ -192,8 +200,21 @@ def _notes(model: Mapping[str, Any]) -> Iterator[str]:
                 yield f"service {name}: environment.{variable} has no value here and is left unset"
 
 
-def _unset_variables(names: Sequence[str], sources: Sources) -> Iterator[SettingsError]:
+def _unread(names: Iterable[str]) -> Iterator[str]:
+    for name in sorted(names):
+        yield f"variable {name} is set here, and not read: {_INHERIT}"
+
+
+def _unset_variables(names: Sequence[str], sources: Sources, hidden: Collection[str]) -> Iterator[SettingsError]:
     for name in names:
+        if name in hidden:
+            yield SettingsError(
+                file=sources.mentions(rf"(?<!\$)\$\{{?{re.escape(name)}\b"),
+                key=f"${{{name}}}",
+                problem="the variable is set where the deploy runs, but a best-effort environment does not read it",
+                remedy=sentence(_INHERIT),
+            )
+            continue
         yield SettingsError(
             file=sources.mentions(rf"(?<!\$)\$\{{?{re.escape(name)}\b"),
             key=f"${{{name}}}",

@@ -70,8 +70,12 @@ def render(
     project: str,
     profiles: Sequence[str],
     variables: Mapping[str, str],
+    inherited: Mapping[str, str],
 ) -> Rendered:
-    """The merged, interpolated, normalised model of `files`. SettingsError with the place of what Compose refuses."""
+    """The merged, interpolated, normalised model of `files`, with `inherited` as the process's own variables.
+
+    SettingsError with the place of what Compose refuses.
+    """
     command = [
         *find_compose(),
         *("--ansi", "never", "--project-name", project),
@@ -79,7 +83,7 @@ def render(
         *(word for file in files for word in ("--file", str(file))),
         "config",
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")}
+    environment = {name: value for name, value in inherited.items() if not name.startswith("COMPOSE_")}
     environment |= variables
     text, warnings = _run([*command, "--format", "json"], environment, sources)
     extensions: Mapping[Loc, Any] = {}

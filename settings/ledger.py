@@ -41,6 +41,7 @@ INTERNET: Final = "internet"
 Egress = tuple[str | IPv4Network | IPv6Network, ...]
 
 NAME = re.compile(r"[a-z](?:-?[a-z0-9]){0,30}", re.ASCII)
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 _Entry = TypeVar("_Entry")
@@ -104,13 +105,15 @@ class EnvironmentShares(Frozen):
     """One environment as written in the ledger. `subnet6`: only where its networks have IPv6.
 
     `egress`: `none`, `internet`, or a list of networks and `internet`. Without it a best-effort environment has the
-    internet, and a protected one everything but other environments.
+    internet, and a protected one everything but other environments. `inherit`: the deployer's variables that a
+    best-effort environment's Compose files may read; a protected one's may read them all.
     """
 
     tier: Tier
     subnet: IPv4Network
     subnet6: IPv6Network | None = None
     egress: Egress | None = None
+    inherit: tuple[str, ...] = ()
     reservations: Shares | None = None
     limits: Limits | None = None
 
@@ -171,6 +174,13 @@ class EnvironmentShares(Frozen):
                 ) from None
         return tuple(found)
 
+    @field_validator("inherit", mode="before")
+    @classmethod
+    def _names(cls, written: object) -> object:
+        if not isinstance(written, list) or not all(VARIABLE.fullmatch(str(one)) for one in written):
+            raise ValueError("not a list of variables' names; write it like [TAG, GIT_SHA]")
+        return tuple(written)
+
     @model_validator(mode="after")
     def _tier_has_its_budget(self) -> "EnvironmentShares":
         reserved, limits = self.reservations or Shares(), self.limits or Limits()
@@ -189,6 +199,8 @@ class EnvironmentShares(Frozen):
                 "a protected environment's reads and writes have no ceiling; "
                 "remove limits.io, or lower that of the best-effort environments"
             )
+        if self.tier is Tier.PROTECTED and self.inherit:
+            raise ValueError("a protected environment reads every variable of its deployer; remove inherit")
         if self.tier is Tier.BEST_EFFORT and self.reservations:
             raise ValueError(
                 "a best-effort environment gives way and cannot have reservations; "

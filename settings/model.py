@@ -382,6 +382,8 @@ class Config(Frozen):
 class Project(Frozen):
     """An environment's services and what they share, from one or several compose files.
 
+    `variable_files`: (key, path) of each env_file and label_file, whose content Compose has put into the services.
+
     >>> project = read([Path("compose.yaml"), Path("compose.prod.yaml")], environment="prod")
     >>> project.order()
     ['db', 'api', 'web']
@@ -395,6 +397,7 @@ class Project(Frozen):
     secrets: Mapping[str, Secret] = {}
     configs: Mapping[str, Config] = {}
     notes: tuple[str, ...] = ()
+    variable_files: tuple[tuple[str, str], ...] = ()
 
     def order(self) -> list[str]:
         """Services so that each stands after those it depends on; ties by name. SettingsError names a cycle."""

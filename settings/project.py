@@ -2,7 +2,6 @@
 Also what only all environments together can tell: a port of the host that two of them publish."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import ValidationError, field_validator, model_validator
 from settings.backup import Backup, BucketTarget
 from settings.compose import Port, Project, read
 from settings.errors import Frozen, Loc, SettingsError, did_you_mean, dotted, faults, sentence, together
-from settings.ledger import Ledger, LedgerSettings, Tier
+from settings.ledger import VARIABLE, Ledger, LedgerSettings, Tier
+from settings.reads import declared, inherited
 from settings.yamlfile import YamlFile
 
 REPOSITORY_KEY = "backup_key"
@@ -26,7 +26,6 @@ ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - what Compose publishes on when no addres
 LOOPBACK = "127.0.0.1"
 
 _KEYS = ("compose", "profiles", "variables", "secrets")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 class EnvironmentSettings(Frozen):
@@ -51,7 +50,7 @@ class EnvironmentSettings(Frozen):
         if not isinstance(written, dict):
             raise ValueError("not a mapping; write it like {LOG_LEVEL: info}")
         for name, value in written.items():
-            if not _VARIABLE.fullmatch(str(name)):
+            if not VARIABLE.fullmatch(str(name)):
                 raise ValueError(f"{name!r} is not a variable name; use letters, digits and underscores")
             if isinstance(value, dict | list) or value is None:
                 raise ValueError(f"{name} is not plain text; a secret belongs under bulkhead:secrets")
@@ -155,16 +154,18 @@ def _translated(document: YamlFile, loc: Loc, _kind: str, message: str, _value: 
     )
 
 
-def read_project(settings: EnvironmentSettings) -> Project:
+def read_project(settings: EnvironmentSettings, ledger: LedgerSettings) -> Project:
     """The environment's compose project. SettingsError also for a secret or config that has no value anywhere."""
+    inherits = inherited(os.environ, ledger.environment(settings.name))
     project = read(
         settings.compose,
         environment=settings.name,
         profiles=settings.profiles,
         variables=settings.variables,
         secrets=settings.secret_names,
+        inherited=inherits,
     )
-    missing = [*_missing_secrets(project, settings), *_missing_variables(project, settings)]
+    missing = [*_missing_secrets(project, settings), *_missing_variables(project, settings, inherits)]
     if missing:
         raise together(missing)
     return project
@@ -189,8 +190,10 @@ def _unset(name: str, settings: EnvironmentSettings, problem: str, otherwise: st
     )
 
 
-def _missing_variables(project: Project, settings: EnvironmentSettings) -> Iterable[SettingsError]:
-    known = {*settings.variables, *settings.secret_names, *os.environ}
+def _missing_variables(
+    project: Project, settings: EnvironmentSettings, inherits: Iterable[str]
+) -> Iterable[SettingsError]:
+    known = {*settings.variables, *settings.secret_names, *inherits}
     for section, entries in (("secrets", project.secrets), ("configs", project.configs)):
         for key, entry in entries.items():
             if entry.environment and entry.environment not in known:
@@ -325,22 +328,40 @@ def _meets(one: PublishedPort, other: PublishedPort) -> bool:
     return one[1:] == other[1:] and (one[0] == other[0] or bool(every & {one[0], other[0]}))
 
 
-def check_ports(
-    ledger: Ledger | LedgerSettings, project: Project, folder: Path | None = None
-) -> Mapping[PublishedPort, str]:
-    """`published_ports` of `project`, each time beside one other environment of the ledger with settings here.
-
-    The others' own errors are left to their own deploys: a broken compose file of dev, or a port that dev and staging
-    both publish, must not keep prod from being deployed.
-    """
+def others(name: str, ledger: LedgerSettings, folder: Path | None = None) -> dict[str, Project | None]:
+    """The projects of the ledger's other environments that have settings here; None for one that cannot be read."""
     folder = folder or root()
-    others = []
-    for name in ledger.environments:
-        if name != project.environment and (folder / f"Pulumi.{name}.yaml").is_file():
+    found: dict[str, Project | None] = {}
+    for other in ledger.environments:
+        if other != name and (folder / f"Pulumi.{other}.yaml").is_file():
+            found[other] = None
             with suppress(SettingsError):
-                other = read_project(read_environment(name, folder))
-                published_ports([other], ledger)
-                others.append(other)
-    for other in others:
-        published_ports([other, project], ledger)
+                found[other] = read_project(read_environment(other, folder), ledger)
+    return found
+
+
+def check_ports(
+    ledger: Ledger | LedgerSettings, project: Project, beside: Iterable[Project | None]
+) -> Mapping[PublishedPort, str]:
+    """`published_ports` of `project`, each time beside one other environment.
+
+    The others' own errors are left to their own deploys: a broken compose file of dev (None), or a port that dev and
+    staging both publish, must not keep prod from being deployed.
+    """
+    for other in filter(None, beside):
+        sound = True
+        try:
+            published_ports([other], ledger)
+        except SettingsError:
+            sound = False
+        if sound:
+            published_ports([other, project], ledger)
     return published_ports([project], ledger)
+
+
+def foreign_reads(
+    project: Project, ledger: LedgerSettings, beside: Mapping[str, Project | None], folder: Path | None = None
+) -> dict[str, dict[str, str]]:
+    """What the project's deploy reads on this machine, for policies (`settings.reads`)."""
+    protected = {name: one for name, one in beside.items() if ledger.environment(name).tier is Tier.PROTECTED}
+    return declared(project, protected, folder or root())

@@ -11,6 +11,7 @@ from settings.yamlfile import Loader, YamlFile
 
 EXTENSION = "x-bulkhead"
 
+_VARIABLE = re.compile(r"(?<!\$)\$\{?([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 
 CONFIDENTIAL = frozenset({"environment", "args", "labels", "content"})
 """Keys whose values a message must not repeat."""
@@ -54,6 +55,26 @@ class Sources:
     def written(self) -> set[Loc]:
         """The path of every key, over all files."""
         return {loc for file in self._files for loc in file.lines}
+
+    def variable_files(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of each `env_file` and `label_file` as written, from the folder of the file that names it.
+
+        Compose reads them and leaves no trace of them in its output.
+        """
+        for file in self._files:
+            document = file.construct(_Tolerant)
+            services = document.get("services") if isinstance(document, Mapping) else None
+            for name, service in services.items() if isinstance(services, Mapping) else ():
+                for key in ("env_file", "label_file"):
+                    written = service.get(key) if isinstance(service, Mapping) else None
+                    for one in written if isinstance(written, list) else [written]:
+                        path = one.get("path") if isinstance(one, Mapping) else one
+                        if path is not None:
+                            yield f"services.{name}.{key}", str(file.path.parent / str(path))
+
+    def interpolated(self) -> set[str]:
+        """The names of all variables that the files put in: `$NAME`, `${NAME}`, `${NAME:-default}`."""
+        return {name for file in self._files for name in _VARIABLE.findall(file.text)}
 
     def mentions(self, pattern: str) -> str:
         """`file:line` of the first line that a regular expression matches."""

@@ -22,11 +22,14 @@ from settings.project import (
     backed_up,
     check_ports,
     credentials,
+    foreign_reads,
+    others,
     read_environment,
     read_project,
     refreshed,
     root,
 )
+from settings.reads import inherited
 from stacks.host import host_stack
 
 
@@ -36,8 +39,9 @@ def build() -> Environment:
     ledger = LedgerSettings.read(root() / "Pulumi.host.yaml")
     promised = ledger.environment(name)
     settings = read_environment(name)
-    project = read_project(settings)
-    check_ports(ledger, project)
+    project = read_project(settings, ledger)
+    beside = others(name, ledger)
+    check_ports(ledger, project, beside.values())
     check_images(project, ledger.host)
     check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
@@ -56,10 +60,11 @@ def build() -> Environment:
             cgroup_version=engine["cgroup_version"],
             host=ledger.host,
             variables={
-                **os.environ,
+                **inherited(os.environ, promised),
                 **settings.variables,
                 **{key: compose.SECRET_PLACEHOLDER.format(name=key) for key in settings.secret_names},
             },
+            reads=foreign_reads(project, ledger, beside),
             secrets={} if secrets is None else {key: secrets[key] for key in settings.secret_names},
         ),
         opts=given,

@@ -2,8 +2,13 @@
 
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+# These machines are noisy: how long one example takes says nothing.
+hypothesis.settings.register_profile("bulkhead", deadline=None)
+hypothesis.settings.load_profile("bulkhead")
 
 E2E = "tests/e2e/"
 APART = ("test_corpus.py", "test_bucket.py")

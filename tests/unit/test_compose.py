@@ -43,7 +43,7 @@ def refused(files: list[Path], **options: Any) -> str:
 
 
 def plain(project: Project) -> Any:
-    return json.loads(project.model_dump_json(exclude_defaults=True, exclude={"files"}))
+    return json.loads(project.model_dump_json(exclude_defaults=True, exclude={"files", "variable_files"}))
 
 
 # What every key becomes

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from components.environment import Environment, EnvironmentArgs, allocate, is_internal, notes
 from components.image import ImageArgs, build_command
 from settings.compose import Build, Network, Project
+from settings.dockerfile import fetches
 from settings.errors import SettingsError
 from settings.ledger import Tier
 
@@ -218,6 +219,7 @@ def test_policies_see_how_an_image_is_built_and_the_provider_only_finds_it(engin
         "context": str(tmp_path),
         "dockerfile": "Dockerfile",
         "buildArgs": {"VERSION": "1"},
+        "fetches": [],
         "cgroupParent": "/bulkhead-prod",
     }
     (found,) = (args.inputs for key, args in engine.seen.items() if key.startswith("docker:index/remoteImage"))
@@ -232,6 +234,45 @@ def test_a_build_runs_in_its_environments_slice(tmp_path: Any) -> None:
     assert command[:6] == ["docker", "build", "--tag", "bulkhead/dev-api:1", "--cgroup-parent", "/bulkhead-dev"]
     assert command[-1] == str(tmp_path)
     assert {"--build-arg", "VERSION=1", "--target", "run", "bulkhead.environment=dev"} <= set(command)
+
+
+def test_a_build_shares_no_cache_mount_with_another_environments(tmp_path: Any) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    build = Build(context=str(tmp_path), args={"BUILDKIT_CACHE_MOUNT_NS": "prod"})
+    args = ImageArgs(environment="dev", tier=Tier.BEST_EFFORT, service="api", cgroup_parent="", build=build)
+    command = build_command("bulkhead/dev-api:1", args, build, "/bulkhead-dev")
+    # Of two values of one argument docker takes the last.
+    assert [word for word in command if "CACHE_MOUNT_NS" in word][-1] == "BUILDKIT_CACHE_MOUNT_NS=dev"
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "found"),
+    [
+        ("FROM python:3.11\nCOPY . /app\nADD data.tar /\nADD ./local /\n", []),
+        ("FROM a\nADD https://example.org/x /x\n", ["ADD https://example.org/x"]),
+        ("FROM a\n  add --checksum=sha256:00 http://10.81.0.3/x /x\n", ["ADD http://10.81.0.3/x"]),
+        ('FROM a\nADD ["http://10.81.0.3/x", "/x"]\n', ["ADD http://10.81.0.3/x"]),
+        ("FROM a\nADD $URL /x\n", ["ADD $URL"]),
+        ("FROM a\nADD git@github.com:o/r.git /x\n", ["ADD git@github.com:o/r.git"]),
+        ("FROM a\nONBUILD ADD http://x /x\n", ["ADD http://x"]),
+        ("FROM a\nAD\\\n# a comment\n\nD http://x /x\n", ["ADD http://x"]),
+        ("# escape=`\nFROM a\nRUN echo \\\nAD`\nD http://x /x\n", ["ADD http://x"]),
+        ("FROM a\r\nADD \\\r\n http://x /x\r\n", ["ADD http://x"]),
+        ("FROM a\nRUN <<EOF\necho \\\nEOF\nADD http://x /x\n", ["ADD http://x"]),
+        ("FROM a\nRUN <<'E\\'\n", ["a heredoc <<'E\\'"]),
+        ("# syntax=docker/dockerfile:1.7-labs\nFROM a\n", []),
+        ("# syntax=evil/frontend\nFROM a\n", ["syntax=evil/frontend"]),
+        ("\ufeff#syntax=docker/dockerfile2\nFROM a\n", ["syntax=docker/dockerfile2"]),
+        ("FROM 10.81.0.3:5000/a\n", ["FROM 10.81.0.3:5000/a"]),
+        ("FROM --platform=linux/amd64 localhost/a AS b\n", ["FROM localhost/a"]),
+        ("FROM a AS b\nCOPY --from=b /x /x\nRUN --mount=type=bind,from=127.0.0.1/c x\n", ["FROM 127.0.0.1/c"]),
+        ("ARG V=3.11\nARG BASE=python\nFROM ${BASE}:$V\nFROM python:${OTHER}\n", []),
+        ("ARG BASE=python\nFROM $BASE\nFROM $GIVEN\n", ["FROM 10.81.0.3/a"]),
+        ("FROM $UNKNOWN/x\n", ["FROM $UNKNOWN/x"]),
+    ],
+)
+def test_what_a_dockerfile_makes_the_engine_fetch(dockerfile: str, found: list[str]) -> None:
+    assert list(fetches(dockerfile, {"GIVEN": "10.81.0.3/a"})) == found
 
 
 def test_services_with_the_same_build_share_one_image(engine: Engine, tmp_path: Any) -> None:

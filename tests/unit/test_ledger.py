@@ -228,6 +228,16 @@ REFUSED = {
         f"Pulumi.host.yaml:5: {ENVIRONMENTS}.prod: a protected environment's reads and writes have no ceiling. "
         "Remove limits.io, or lower that of the best-effort environments.",
     ),
+    "variables that are no list of names": (
+        ("pids: 512}", "pids: 512}, inherit: TAG"),
+        f"Pulumi.host.yaml:6: {ENVIRONMENTS}.dev.inherit: 'TAG': not a list of variables' names. "
+        "Write it like [TAG, GIT_SHA].",
+    ),
+    "variables for an environment that reads them all": (
+        ("memory: 50%}", "memory: 50%}, inherit: [TAG]"),
+        f"Pulumi.host.yaml:5: {ENVIRONMENTS}.prod: a protected environment reads every variable of its deployer. "
+        "Remove inherit.",
+    ),
     **{
         f"an egress of {written}": (
             ("pids: 512}", f"pids: 512}}, egress: {written}"),

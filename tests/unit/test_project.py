@@ -15,7 +15,9 @@ from settings.ledger import LedgerSettings, Tier
 from settings.project import (
     backed_up,
     check_ports,
+    foreign_reads,
     host_address,
+    others,
     published_ports,
     read_environment,
     read_project,
@@ -67,7 +69,7 @@ def test_an_environments_settings_are_read(checkout: Path) -> None:
 
 def test_only_compose_files_are_needed(checkout: Path) -> None:
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
-    assert read_project(read_environment("prod", checkout)).order() == ["web"]
+    assert read_project(read_environment("prod", checkout), LEDGER).order() == ["web"]
 
 
 REFUSED = {
@@ -163,7 +165,7 @@ def test_an_external_secret_comes_from_the_settings(checkout: Path) -> None:
     compose = WEB + "    secrets: [DB_PASSWORD]\nsecrets: {DB_PASSWORD: {external: true}}\n"
     (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
     settings(checkout, VALID)
-    assert read_project(read_environment("prod", checkout)).secrets["DB_PASSWORD"].external
+    assert read_project(read_environment("prod", checkout), LEDGER).secrets["DB_PASSWORD"].external
 
 
 def test_an_external_secret_without_value_is_refused(checkout: Path) -> None:
@@ -171,7 +173,7 @@ def test_an_external_secret_without_value_is_refused(checkout: Path) -> None:
     (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
     settings(checkout, VALID)
     with pytest.raises(SettingsError) as error:
-        read_project(read_environment("prod", checkout))
+        read_project(read_environment("prod", checkout), LEDGER)
     assert str(error.value) == (
         "Pulumi.prod.yaml: bulkhead:secrets.token: missing: the compose files take secret 'token' from here. "
         "Set it with `make pulumi ARGS=\"config set --stack prod --secret --path 'bulkhead:secrets.token'\"`, "
@@ -183,7 +185,7 @@ def test_a_generated_secret_needs_no_value(checkout: Path) -> None:
     compose = WEB + "    secrets: [token]\nsecrets: {token: {external: true, x-bulkhead: {generate: 32}}}\n"
     (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
-    assert read_project(read_environment("prod", checkout)).secrets["token"].x_bulkhead.generate == 32
+    assert read_project(read_environment("prod", checkout), LEDGER).secrets["token"].x_bulkhead.generate == 32
 
 
 def test_a_secret_from_a_variable_that_is_not_set_is_refused(checkout: Path) -> None:
@@ -191,7 +193,7 @@ def test_a_secret_from_a_variable_that_is_not_set_is_refused(checkout: Path) -> 
     (checkout / "compose.yaml").write_text(compose, encoding="utf-8")
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n")
     with pytest.raises(SettingsError) as error:
-        read_project(read_environment("prod", checkout))
+        read_project(read_environment("prod", checkout), LEDGER)
     assert str(error.value) == (
         "compose.yaml: secrets.token.environment: 'NOT_SET_HERE': the variable has no value. "
         "Set it under bulkhead:secrets or bulkhead:variables."
@@ -201,7 +203,7 @@ def test_a_secret_from_a_variable_that_is_not_set_is_refused(checkout: Path) -> 
 def test_a_secret_variable_becomes_a_placeholder_in_the_environment(checkout: Path) -> None:
     (checkout / "compose.yaml").write_text(WEB + "    environment: {P: '${DB_PASSWORD}'}\n", encoding="utf-8")
     settings(checkout, VALID)
-    web = read_project(read_environment("prod", checkout)).services["web"]
+    web = read_project(read_environment("prod", checkout), LEDGER).services["web"]
     assert web.environment == {"P": "bulkhead-secret:DB_PASSWORD:"}
 
 
@@ -293,24 +295,136 @@ def test_whether_ports_meet_does_not_depend_on_the_order(drawn: list[tuple[int, 
 def test_ports_are_checked_across_the_environments_of_the_checkout(checkout: Path) -> None:
     (checkout / "compose.yaml").write_text(WEB + "    ports: ['8080:80']\n", encoding="utf-8")
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
-    assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {("0.0.0.0", 8080, "tcp"): "prod/web"}
+    assert check_ports(LEDGER, deploying(checkout, "prod"), others("prod", LEDGER, checkout).values()) == {
+        ("0.0.0.0", 8080, "tcp"): "prod/web"
+    }
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "dev")
     for asking, refused in (("prod", "prod/web publishes"), ("dev", "dev/web publishes")):
         with pytest.raises(SettingsError, match=refused):
-            check_ports(LEDGER, deploying(checkout, asking), checkout)
+            check_ports(LEDGER, deploying(checkout, asking), others(asking, LEDGER, checkout).values())
 
 
 def deploying(checkout: Path, environment: str) -> Project:
     """The project whose deploy asks."""
-    return read_project(read_environment(environment, checkout))
+    return read_project(read_environment(environment, checkout), LEDGER)
 
 
 def test_a_broken_environment_does_not_keep_another_from_its_deploy(checkout: Path) -> None:
     settings(checkout, "  bulkhead:compose: [compose.yaml]\n", "prod")
     settings(checkout, "  bulkhead:compose: [gone.yaml]\n", "dev")
-    assert check_ports(LEDGER, deploying(checkout, "prod"), checkout) == {}
+    assert check_ports(LEDGER, deploying(checkout, "prod"), others("prod", LEDGER, checkout).values()) == {}
     with pytest.raises(SettingsError, match=r"gone\.yaml does not exist"):
         deploying(checkout, "dev")
+
+
+# --- what a deploy reads where it runs
+
+
+def reading(checkout: Path, compose: str, name: str = "dev") -> Project:
+    """The project of an environment whose own Compose file beside `compose.yaml` is this text."""
+    (checkout / f"{name}.yaml").write_text(compose)
+    settings(checkout, f"  bulkhead:compose: [compose.yaml, {name}.yaml]\n", name)
+    return read_project(read_environment(name, checkout), LEDGER)
+
+
+def test_a_best_effort_environment_reads_only_the_variables_that_the_ledger_names(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAG", "1.2")
+    text = "services: {web: {image: 'nginx:${TAG:-none}', environment: [TAG]}}\n"
+    assert reading(checkout, text, "prod").services["web"].image == "nginx:1.2"
+    dev = reading(checkout, text)
+    assert (dev.services["web"].image, dict(dev.services["web"].environment)) == ("nginx:none", {})
+    assert "variable TAG is set here, and not read: set it under bulkhead:variables, or name it in the" in str(
+        dev.notes
+    )
+    entry = LEDGER.environments["dev"].model_copy(update={"inherit": ("TAG",)})
+    told = LEDGER.model_copy(update={"environments": {**LEDGER.environments, "dev": entry}})
+    named = read_project(read_environment("dev", checkout), told)
+    assert (named.services["web"].image, dict(named.services["web"].environment)) == ("nginx:1.2", {"TAG": "1.2"})
+    assert named.notes == ()
+
+
+def test_a_variable_that_is_not_read_has_no_value(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "prod's")
+    said = r"dev\.yaml:1: \$\{PULUMI_CONFIG_PASSPHRASE\}: .* a best-effort environment does not read it.*inherit"
+    with pytest.raises(SettingsError, match=said):
+        reading(checkout, "services: {web: {environment: {X: '${PULUMI_CONFIG_PASSPHRASE}'}}}\n")
+    with pytest.raises(SettingsError, match=r"secrets\.x\.environment: 'PULUMI_CONFIG_PASSPHRASE': .* no value"):
+        reading(
+            checkout,
+            "services: {web: {secrets: [x]}}\nsecrets: {x: {environment: PULUMI_CONFIG_PASSPHRASE}}\n",
+        )
+
+
+def told(checkout: Path, compose: str, name: str = "dev") -> dict[str, dict[str, str]]:
+    """What policies are told of the files that an environment reads."""
+    project = reading(checkout, compose, name)
+    return foreign_reads(project, LEDGER, others(name, LEDGER, checkout), checkout)
+
+
+SECRET = "services: {web: {secrets: [x]}}\nsecrets: {x: {file: ./token}}\n"
+
+
+def test_a_secret_file_of_prods_is_told_from_devs_own(checkout: Path) -> None:
+    for name in ("token", "own"):
+        (checkout / name).write_text("x")
+    assert told(checkout, SECRET) == {"secrets.x.file": {"path": "token", "owner": ""}}
+    assert told(checkout, SECRET, "prod") == {"secrets.x.file": {"path": "token", "owner": ""}}
+    assert told(checkout, SECRET)["secrets.x.file"]["owner"] == "prod"
+    assert told(checkout, SECRET.replace("token", "own"))["secrets.x.file"] == {"path": "own", "owner": ""}
+    (checkout / "link").symlink_to("token")
+    assert told(checkout, SECRET.replace("token", "link"))["secrets.x.file"] == {"path": "token", "owner": "prod"}
+
+
+def test_whatever_opens_prods_secret_is_told(checkout: Path) -> None:
+    (checkout / "secrets").mkdir()
+    for name in ("secrets/token", "secrets/vars", "Dockerfile"):
+        (checkout / name).write_text("A=1\n" if name.endswith("vars") else "FROM scratch\n")
+    prod = "services: {web: {secrets: [x], env_file: [{path: secrets/vars}]}}\nsecrets: {x: {file: secrets/token}}\n"
+    reading(checkout, prod, "prod")
+    dev = (
+        "services:\n  web: {env_file: secrets/vars, build: ., configs: [c], volumes: ['./secrets:/s:ro', '/opt:/o']}\n"
+        "configs: {c: {file: secrets/token}}\n"
+    )
+    assert {key: one["owner"] for key, one in told(checkout, dev).items()} == {
+        "configs.c.file": "prod",
+        "services.web.env_file": "prod",
+        "services.web.build.context": "prod",
+        "services.web.build.dockerfile": "",
+        "services.web.volumes": "prod",
+    }
+    (checkout / ".dockerignore").write_text("secrets\n")
+    assert told(checkout, dev)["services.web.build.context"] == {"path": ".", "owner": ""}
+
+
+def test_pulumis_state_in_a_build_is_told(checkout: Path) -> None:
+    reading(checkout, WEB, "prod")
+    (checkout / "Dockerfile").write_text("FROM scratch\n")
+    (checkout / ".bulkhead").mkdir()
+    (checkout / ".bulkhead/passphrase").write_text("x")
+    dev = "services: {web: {build: .}}\n"
+    assert told(checkout, dev)["services.web.build.context"]["owner"] == "prod"
+
+
+def test_the_env_file_that_compose_reads_unasked_is_prods_too(checkout: Path) -> None:
+    (checkout / ".env").write_text("PASSWORD=x\n")
+    reading(checkout, WEB, "prod")
+    assert told(checkout, WEB)[".env"] == {"path": ".env", "owner": "prod"}
+
+
+def test_a_secret_may_be_prods_as_long_as_prods_compose_files_cannot_be_read(checkout: Path) -> None:
+    (checkout / "token").write_text("x")
+    settings(checkout, "  bulkhead:compose: [gone.yaml]\n", "prod")
+    assert told(checkout, SECRET)["secrets.x.file"]["owner"] == "prod"
+
+
+def test_a_file_outside_the_checkout_is_told_by_its_whole_path(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "token"
+    outside.write_text("x")
+    assert told(checkout, SECRET.replace("./token", str(outside)))["secrets.x.file"]["path"] == str(outside)
 
 
 # --- backups and masked copies
@@ -325,7 +439,7 @@ def volumes(checkout: Path, declared: str, services: str = "db", secret: str = "
     settings(checkout, f"  bulkhead:compose: [compose.yaml]\n{secrets}")
     targets = {"disk": {"path": "/srv/backup"}, "off-site": {"endpoint": "https://s3", "bucket": "acme"}}
     ledger = LEDGER.model_copy(update={"backup": BackupSettings.model_validate({"targets": targets})})
-    return read_project(read_environment("prod", checkout)), ledger
+    return read_project(read_environment("prod", checkout), LEDGER), ledger
 
 
 def test_a_backup_is_taken_through_the_only_service_that_has_the_volume(checkout: Path) -> None:

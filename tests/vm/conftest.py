@@ -14,6 +14,7 @@ import yaml
 
 from components.image import ImageArgs, build_command, content_hash
 from engine import base_image, setup
+from settings.ledger import LedgerSettings
 from settings.project import read_environment, read_project
 from tests.deployed import CHECKOUT, copied
 from tests.e2e.conftest import Deployment
@@ -97,10 +98,11 @@ def images(project: Path, say: Say) -> Path:
 
 def built(project: Path) -> Iterator[tuple[str, list[str]]]:
     """Each image that the deploy will look for, and the arguments of `docker` that build it."""
+    ledger = LedgerSettings.read(project / "Pulumi.host.yaml")
     for name in ENVIRONMENTS:
         settings = read_environment(name, project)
         done = set()
-        for key, service in sorted(read_project(settings).services.items()):
+        for key, service in sorted(read_project(settings, ledger).services.items()):
             if service.build and service.build.model_dump_json() not in done:
                 done.add(service.build.model_dump_json())
                 reference = f"bulkhead/{name}-{key}:{content_hash(service.build)}"

@@ -1,0 +1,112 @@
+"""What a deploy reads on the machine where it runs: variables and files that Compose files name, and whose they are.
+The deployer may read prod's secrets; what dev's Compose file names must not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from settings.ledger import EnvironmentShares, Tier
+from settings.model import Build, Project
+
+NEEDED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "DOCKER_CONFIG")
+"""What Compose itself needs; nothing of it is a secret."""
+
+STATE = ".bulkhead"
+"""The folder of the checkout where Pulumi's state and its passphrase are, and with them every secret."""
+
+UNRESOLVED = "$"
+"""A path with it is not known: it was read from the file, which Compose had not interpolated."""
+
+
+class Read(NamedTuple):
+    """A file or folder that `key` of a Compose file names. `secret`: what is in it may be confidential."""
+
+    key: str
+    path: Path
+    secret: bool = False
+    build: Build | None = None
+
+
+def inherited(variables: Mapping[str, str], promised: EnvironmentShares) -> dict[str, str]:
+    """The deployer's variables that an environment may read: of a best-effort one only those that the ledger names."""
+    if promised.tier is Tier.PROTECTED:
+        return dict(variables)
+    return {name: value for name, value in variables.items() if name in (*NEEDED, *promised.inherit)}
+
+
+def reads(project: Project) -> Iterator[Read]:
+    """Every file and folder of the deployer's machine that a project's deploy opens, and bind mounts of it."""
+    for key, secret in sorted(project.secrets.items()):
+        if secret.file is not None:
+            yield Read(f"secrets.{key}.file", Path(secret.file), secret=True)
+    for key, config in sorted(project.configs.items()):
+        if config.file is not None:
+            yield Read(f"configs.{key}.file", Path(config.file))
+    for key, path in project.variable_files:
+        yield Read(key, Path(path), secret=True)
+    beside = Path(project.files[0]).parent / ".env"
+    if beside.is_file():
+        yield Read(beside.name, beside, secret=True)  # Compose reads it unasked
+    for key, service in sorted(project.services.items()):
+        if service.build is not None:
+            context = Path(service.build.context)
+            yield Read(f"services.{key}.build.context", context, build=service.build)
+            yield Read(f"services.{key}.build.dockerfile", context / service.build.dockerfile)
+        for mount in service.volumes:
+            if mount.type == "bind" and mount.source:
+                yield Read(f"services.{key}.volumes", Path(mount.source))
+    for key, volume in sorted(project.volumes.items()):
+        refresh = volume.x_bulkhead.refresh
+        if refresh is not None and refresh.mask:
+            yield Read(f"volumes.{key}.x-bulkhead.refresh.mask", Path(project.files[0]).parent / refresh.mask)
+
+
+def declared(project: Project, protected: Mapping[str, Project | None], folder: Path) -> dict[str, dict[str, str]]:
+    """What `project` reads, for policies, by the key that names it: `path` (relative where it is in `folder`, the
+    checkout), and `owner`, the protected environment whose secret is there, empty if none's.
+
+    `protected`: the other protected environments; None for one whose Compose files cannot be read, so that any
+    confidential file may be its own.
+    """
+    theirs = {
+        one.path.resolve(): name for name, other in protected.items() if other for one in reads(other) if one.secret
+    }
+    theirs |= {(folder / STATE).resolve(): name for name in protected}
+    unknown = next((name for name, other in sorted(protected.items()) if other is None), "")
+    found: dict[str, dict[str, str]] = {}
+    for one in reads(project):
+        path = one.path.resolve()
+        if one.key.endswith(".volumes") and not path.is_relative_to(folder) and not folder.is_relative_to(path):
+            continue  # a folder of the host: policies judge the mount itself
+        owner = next((name for secret, name in theirs.items() if _opens(one, path, secret)), "")
+        shown = one.path if UNRESOLVED in str(one.path) else path
+        same = sum(key.partition("[")[0] == one.key for key in found)
+        found[f"{one.key}[{same}]" if same else one.key] = {
+            "path": str(shown.relative_to(folder) if shown.is_relative_to(folder) else shown),
+            "owner": owner or (unknown if one.secret else ""),
+        }
+    return found
+
+
+def _opens(one: Read, path: Path, secret: Path) -> bool:
+    """Whether reading `path` reads `secret`: the same, in it, or a folder around it that a build does not leave out."""
+    if path == secret or path.is_relative_to(secret):
+        return True
+    if not secret.is_relative_to(path):
+        return False
+    return one.build is None or _sends(one.build, secret.relative_to(path))
+
+
+def _sends(build: Build, inside: Path) -> bool:
+    return any(Path(name) == inside or Path(name).is_relative_to(inside) for name in sent(build))
+
+
+def sent(build: Build) -> Sequence[str]:
+    """The files of a build's context that the engine gets, relative to it: all but what .dockerignore leaves out."""
+    from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
+
+    context = Path(build.context)
+    ignore = context / ".dockerignore"
+    patterns = ignore.read_text().splitlines() if ignore.is_file() else []
+    patterns = [line.strip() for line in patterns if line.strip() and not line.startswith("#")]
+    return sorted(exclude_paths(str(context), patterns, dockerfile=build.dockerfile))
