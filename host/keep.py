@@ -1,14 +1,17 @@
 """keep: what no cgroup of an environment can hold by itself, done again at each run: OOM scores, the disk ceiling, and
 on cgroup v1 the IO ceilings of the groups below the slice.
 
-An environment that is over its disk ceiling is paused (`docker pause`): it loses nothing, cannot grow, and goes on as
-soon as it is below again. `docker unpause` lets it go on for GRACE_SECONDS, to remove what is too much.
+An environment that is over its disk ceiling, in bytes or in files, is paused (`docker pause`): it loses nothing, cannot
+grow, and goes on as soon as it is below again. `docker unpause` lets it go on for GRACE_SECONDS, to remove what is too
+much.
 """
 
 import argparse
+import errno
 import fcntl
 import json
-import shutil
+import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +27,11 @@ DU_SECONDS = 200
 """A count that takes longer is not waited for: keep has other things to do, and 300 seconds (its unit's limit)."""
 DU_SHARE = 20
 """After counting an environment's files for a second, they are not counted again for this many, unless so much has been
-written to the disk since that it may be over its ceiling."""
+written to the disk since, or so many files made, that it may be over its ceiling."""
+COUNTED = ("used", "deleted", "inodes", "inodes_ceiling", "disk_used", "disk_inodes", "counted_at", "seconds")
+"""What is known from a count until the next: of the environment, of the disks at that time, of the count itself."""
+DELETED = " (deleted)"
+"""How /proc ends the name of a file that has none any more."""
 ENGINE_PIDS = ("run/docker.pid", "run/docker/containerd/containerd.pid")
 ENGINE_SCORE = -500
 """What Docker's own unit gives it; Debian's docker.io runs with 0 (measured). Containers do not inherit it."""
@@ -165,12 +172,42 @@ def members(environment: str, parent: str, containers: Sequence[Mapping[str, Any
     ]
 
 
-def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set[str]:
+def layer(container: Mapping[str, Any], places: Places) -> set[str]:
+    """The folder of a container's own layer; none of one that has ended and whose engine does not tell. Undecided.
+
+    Docker's containerd store tells it of none. Of one that runs the kernel does: it is what is mounted on its root.
+    """
+    told = (container.get("GraphDriver") or {}).get("Data") or {}
+    if "UpperDir" in told:
+        return {str(told["UpperDir"])}
+    try:
+        file = places.processes / str(container["State"].get("Pid")) / "mountinfo"
+        mounts = file.read_text(errors="surrogateescape")
+    except OSError:
+        return set()
+    roots = re.findall(
+        r"^(?:[^ ]+ ){4}/ .* - (.*)", mounts, re.MULTILINE
+    )  # the last mount there is the one that is seen
+    upper = re.search(r"^overlay .*[ ,]upperdir=([^,]+)", roots[-1]) if roots else None
+    if upper:
+        return {re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), upper[1])}
+    if container["HostConfig"].get("ReadonlyRootfs"):
+        return set()
+    raise Undecided(
+        f"{container['Name'].lstrip('/')}: the folder of its own layer is not known, so nothing holds what it writes "
+        "there. Next step: read_only: true for its service, or an engine whose store is an overlay: docker info"
+    )
+
+
+def written_to(
+    environment: str, containers: Sequence[Mapping[str, Any]], places: Places
+) -> tuple[set[str], Sequence[str]]:
     """The folders on the host that an environment fills: its volumes, folders that it may write to, its containers' own
-    layers, and what the engine has of each (logs of any driver, /etc/hosts).
+    layers, and what the engine has of each (logs of any driver, /etc/hosts). And what cannot be found of them.
 
     Images and the build cache are shared by all and made by deploys only; they are no part of it.
     """
+    unknown = []
     names = ask(["docker", "volume", "ls", "--quiet", "--filter", f"label={LABEL}={environment}"], START_ENGINE).split()
     paths = {str(volume["Mountpoint"]) for volume in inspect("volume", *names) if not volume.get("Options")}
     for container in containers:
@@ -181,26 +218,43 @@ def written_to(environment: str, containers: Sequence[Mapping[str, Any]]) -> set
             if (mount.get("Type") == "volume" and mount.get("Driver") == "local")
             or (mount.get("Type") == "bind" and mount.get("RW") and Path(mount["Source"]).is_dir())
         }
-        layers = (container.get("GraphDriver") or {}).get("Data") or {}
-        paths |= {layers[key] for key in ("UpperDir",) if key in layers}
+        try:
+            paths |= layer(container, places)
+        except Undecided as error:
+            unknown.append(str(error))
         paths |= {str(Path(container[key]).parent) for key in ("LogPath", "HostnamePath") if container.get(key)}
-    return paths
+    return paths, unknown
 
 
-def on_disks(paths: Iterable[str]) -> int:
-    """Bytes in use on the disks that hold these folders, by whomever; each disk once."""
-    disks = {path.stat().st_dev: path for path in map(Path, paths) if path.exists()}
-    return sum(shutil.disk_usage(path).used for path in disks.values())
+def disks(paths: Iterable[str]) -> dict[int, list[str]]:
+    """Those of the folders that are there, by the disk that they are on."""
+    found: dict[int, list[str]] = {}
+    for path in sorted(paths):
+        try:
+            found.setdefault(Path(path).stat().st_dev, []).append(path)
+        except OSError:
+            continue  # it is not there, or has just gone
+    return found
 
 
-def used(paths: Iterable[str], seconds: float = DU_SECONDS) -> int:
-    """Bytes that these folders take up on the disk; what is in two of them counts once. TimeoutExpired."""
+def on_disks(paths: Iterable[str]) -> tuple[int, int]:
+    """Bytes and inodes in use on the disks that hold these folders, by whomever; each disk once."""
+    found = [os.statvfs(there[0]) for there in disks(paths).values()]
+    return (
+        sum((one.f_blocks - one.f_bfree) * one.f_frsize for one in found),
+        sum(one.f_files - one.f_ffree for one in found),
+    )
+
+
+def used(paths: Iterable[str], seconds: float = DU_SECONDS, unit: str = "--block-size=1") -> int:
+    """Bytes that these folders take up on the disk, or how many `--inodes`; what is in two of them counts once.
+    TimeoutExpired."""
     there = sorted(path for path in paths if Path(path).exists())
     if not there:
         return 0
     counted = subprocess.run(
         # Files that go meanwhile make it end with 1; what it counted is right all the same.
-        ["nice", "-n", "19", "du", "--summarize", "--total", "--one-file-system", "--block-size=1", "--", *there],
+        ["nice", "-n", "19", "du", "--summarize", "--total", "--one-file-system", unit, "--", *there],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -214,22 +268,88 @@ def used(paths: Iterable[str], seconds: float = DU_SECONDS) -> int:
     return int(lines[-1].split()[0])
 
 
+def inodes(paths: Iterable[str], ceiling: int, seconds: float = DU_SECONDS) -> tuple[int, int]:
+    """How many inodes these folders have on the disk where they are nearest to their share of them, and this share:
+    what `ceiling` bytes are of the disk. (0, 0) where every file system makes them as it needs them. TimeoutExpired.
+
+    They are counted only where the disk has more than the share in use; otherwise it is what is in use by all.
+    """
+    end, found = time.monotonic() + seconds, []
+    for there in disks(paths).values():
+        whole = os.statvfs(there[0])
+        size, count = whole.f_blocks * whole.f_frsize, whole.f_files - whole.f_ffree
+        if size and whole.f_files:
+            share = whole.f_files * min(ceiling, size) // size
+            found.append((used(there, end - time.monotonic(), "--inodes") if count > share else count, share))
+    return max(found, key=lambda one: one[0] - one[1], default=(0, 0))
+
+
+def listed(folder: Path) -> Iterator[Path]:
+    """What is in a folder of /proc; nothing when its process has ended."""
+    try:
+        yield from folder.iterdir()
+    except OSError:
+        return
+
+
+def deleted(running: Iterable[int], paths: Iterable[str], places: Places, seconds: float = DU_SECONDS) -> int:
+    """Bytes on the disks of these folders in files that have no name any more and that a process has open or mapped,
+    each file once. TimeoutExpired.
+
+    A file of a volume has its disk's st_dev. One of a container's own layer has its overlay's, but the size of its file
+    system is that of the disk below (measured). What has neither is in memory (tmpfs, memfd), and counts there.
+    """
+    there, end = disks(paths), time.monotonic() + seconds
+    sizes = {file_system(path) for one in there.values() for path in one} - {0}
+    found: dict[tuple[int, int], int] = {}
+    for process in (places.processes / str(one) for one in running):
+        # A thread may have files of its own, and a file that is mapped may be closed.
+        for folder in (*(thread / "fd" for thread in listed(process / "task")), process / "map_files"):
+            for link in listed(folder):
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired("deleted", seconds)
+                try:
+                    if not nameless(link):
+                        continue
+                    file = link.stat()
+                    ours = file.st_dev in there or file_system(link) in sizes
+                except OSError:
+                    continue  # it has just been closed
+                if ours and not file.st_nlink:
+                    found[file.st_dev, file.st_ino] = file.st_blocks * 512
+    return sum(found.values())
+
+
+def nameless(link: Path) -> bool:
+    """Whether a link of /proc leads to what may have no name any more, as far as its text says. No other is followed: a
+    file of a server that does not answer would be waited for."""
+    try:
+        return str(link.readlink()).endswith(DELETED)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG  # too deep to be told
+
+
+def file_system(path: str | Path) -> int:
+    """The size of the file system that a path leads to, bytes."""
+    found = os.statvfs(path)
+    return found.f_blocks * found.f_frsize
+
+
 def hold(
-    ceiling: int,
-    size: int,
+    over: bool,
     containers: Sequence[Mapping[str, Any]],
     before: Mapping[str, Any],
     deploys: bool,
     now: float,
 ) -> dict[str, Any]:
-    """Pauses an environment that is over its ceiling, lets one go on that is not. Returns how it stands now.
+    """Pauses an environment that is over a ceiling, lets one go on that is not. Returns how it stands now.
 
     `paused`: the containers that were paused here, and so may be unpaused here. `released_until`: seconds since 1970.
     """
     running = {one["Id"] for one in containers if one["State"]["Status"] == "running"}
     paused = {one["Id"] for one in containers if one["State"]["Status"] == "paused"}
     mine, until = set(before.get("paused") or ()) & paused, float(before.get("released_until") or 0)
-    if size <= ceiling:
+    if not over:
         if mine:
             _each("unpause", mine)
         return {"state": "below", "paused": [], "released_until": 0.0}
@@ -251,32 +371,57 @@ def _each(verb: str, identifiers: Iterable[str]) -> set[str]:
     return done
 
 
+def counted(
+    ceiling: int, groups: Sequence[Path], paths: Iterable[str], places: Places, seconds: float
+) -> dict[str, int]:
+    """What an environment takes up on the disk: bytes (`deleted`: those of them that du does not see), and inodes of
+    its share of them. TimeoutExpired."""
+    end = time.monotonic() + seconds
+    size = used(paths, seconds)
+    gone = deleted(processes(groups), paths, places, end - time.monotonic())
+    count, share = inodes(paths, ceiling, end - time.monotonic())
+    return {"used": size + gone, "deleted": gone, "inodes": count, "inodes_ceiling": share}
+
+
 def disk(
     environment: str,
     promised: Mapping[str, Any],
+    groups: Sequence[Path],
     containers: Sequence[Mapping[str, Any]],
     before: Mapping[str, Any],
     deploys: bool,
-    seconds: float = DU_SECONDS,
+    places: Places,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Counts what an environment takes up on the disk, when it is due, and holds it to its ceiling."""
+    """Counts what an environment takes up on the disk, when it is due, and holds it to its ceiling.
+
+    `uncounted`: what should count and cannot be found.
+    """
     ceiling, now = int(promised["disk"]), time.time()
     mine = members(environment, promised["cgroup_parent"], containers)
-    size, at, took, there = (before.get(key) or 0 for key in ("used", "counted_at", "seconds", "disk_used"))
-    paths = written_to(environment, mine)
-    filled = on_disks(paths)
-    near = before.get("state") != "below" or filled - there > ceiling - size
-    if before.get("ceiling") != ceiling or now >= at + (1 if near else DU_SHARE) * took:
-        size = used(paths, seconds)
-        at, took, there = now, time.time() - now, filled
-    stands = hold(ceiling, size, mine, before, deploys, time.time())
+    paths, unknown = written_to(environment, mine, places)
+    filled, files = on_disks(paths)
+    stood = {key: before.get(key) or 0 for key in COUNTED}
+    near = (
+        before.get("state") != "below"
+        or filled - stood["disk_used"] > ceiling - stood["used"]
+        or files - stood["disk_inodes"] > stood["inodes_ceiling"] - stood["inodes"]
+    )
+    if before.get("ceiling") != ceiling or now >= stood["counted_at"] + (1 if near else DU_SHARE) * stood["seconds"]:
+        stood = {
+            **counted(ceiling, groups, paths, places, seconds),
+            "disk_used": filled,
+            "disk_inodes": files,
+            "counted_at": now,
+            "seconds": round(time.time() - now, 3),
+        }
+    over = stood["used"] > ceiling or stood["inodes"] > stood["inodes_ceiling"]
+    stands = hold(over, mine, before, deploys, time.time())
     changed = stands["state"] != before.get("state")
     return {
         "ceiling": ceiling,
-        "used": size,
-        "counted_at": at,
-        "seconds": round(took, 3),
-        "disk_used": there,
+        **stood,
+        "uncounted": unknown,
         "since": time.time() if changed else before.get("since"),
         **stands,
     }
@@ -315,16 +460,16 @@ def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places)
     """Does all of it. What needs no engine is done first, and also when the engine does not answer."""
     engine, under_way, scores = declared["engine"], deploying(places), guard(places)
     environments: dict[str, Any] = {}
+    slices = {name: folders(engine, one["cgroup_parent"], places) for name, one in declared["environments"].items()}
     for name, promised in declared["environments"].items():
-        groups = folders(engine, promised["cgroup_parent"], places)
         running, changed = (0, 0)
         if promised.get("oom_score_adj", 0) > 0:
-            running, changed = raise_scores(groups, promised["oom_score_adj"], places)
+            running, changed = raise_scores(slices[name], promised["oom_score_adj"], places)
         flat = int(engine["cgroup_version"]) == 1
         environments[name] = {
             "processes": running,
             "scores_raised": changed,
-            "throttled_groups": spread(promised.get("files") or {}, groups, places) if flat else 0,
+            "throttled_groups": spread(promised.get("files") or {}, slices[name], places) if flat else 0,
             "disk": None,
         }
     undecided = []
@@ -337,19 +482,21 @@ def kept(declared: Mapping[str, Any], before: Mapping[str, Any], places: Places)
         containers = inspected() if limited or freed else []
         for name, promised in limited.items():
             try:
-                environments[name]["disk"] = disk(
-                    name, promised, containers, known[name], name in under_way, DU_SECONDS / len(limited)
-                )
+                deploys, seconds = name in under_way, DU_SECONDS / len(limited)
+                stands = disk(name, promised, slices[name], containers, known[name], deploys, places, seconds)
+                undecided += [f"{name}: {problem}" for problem in stands["uncounted"]]
+                environments[name]["disk"] = stands
             except subprocess.TimeoutExpired:
                 undecided.append(
                     f"{name}: its files could not be counted within {DU_SECONDS / len(limited):.0f} s, so nothing "
                     "holds its disk. Next step: see which folder has so many: du --inodes"
                 )
         for name in freed:  # its ceiling has been taken away while it was above it
-            hold(0, 0, containers, known[name], False, 0)
+            hold(False, containers, known[name], False, 0)
+            known[name] = {}
     except Undecided as error:
         undecided.append(str(error))
-    for name in (*limited, *(freed if undecided else ())):  # what is paused has to be known at the next run
+    for name in (*limited, *freed):  # what is paused has to be known at the next run
         environments[name]["disk"] = environments[name]["disk"] or known[name] or None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -369,7 +516,7 @@ def told(report: Mapping[str, Any]) -> Iterator[str]:
     for name, one in report["environments"].items():
         stands = one["disk"]
         if stands and stands["state"] != "below":
-            held = f"{name}: {_gib(stands['used'])} on the disk, over its ceiling of {_gib(stands['ceiling'])}"
+            held = f"{name}: {_over(stands)}"
             if stands["state"] == "paused":
                 yield (
                     f"PAUSED {held}: {len(stands['paused'])} containers wait. They go on when it is below again. To "
@@ -388,6 +535,16 @@ def told(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {one['processes']} processes scored ({one['scores_raised']} new){space}"
 
 
+def _over(stands: Mapping[str, Any]) -> str:
+    """By what an environment is over its ceiling, bytes first."""
+    if stands["used"] <= stands["ceiling"]:
+        return (
+            f"{stands['inodes']} files on the disk, over its share of {stands['inodes_ceiling']} of the disk's inodes"
+        )
+    gone = f" ({_gib(stands['deleted'])} deleted and still open)" if stands.get("deleted") else ""
+    return f"{_gib(stands['used'])} on the disk{gone}, over its ceiling of {_gib(stands['ceiling'])}"
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
@@ -396,9 +553,16 @@ def metrics(report: Mapping[str, Any]) -> str:
     """Prometheus text."""
     environments = report["environments"]
     limited = {name: one["disk"] for name, one in environments.items() if one["disk"]}
+    files = {name: one for name, one in limited.items() if one.get("inodes_ceiling")}
     families: list[tuple[str, str, Mapping[str, float]]] = [
         ("disk_bytes", "What the environment takes up on the disk.", {k: v["used"] for k, v in limited.items()}),
         ("disk_limit_bytes", "Its ceiling.", {k: v["ceiling"] for k, v in limited.items()}),
+        (
+            "disk_inodes",
+            "Inodes that it takes up where it is nearest to its share; all that are in use, if those are fewer.",
+            {k: v["inodes"] for k, v in files.items()},
+        ),
+        ("disk_inodes_limit", "Its share of them.", {k: v["inodes_ceiling"] for k, v in files.items()}),
         ("disk_paused", "1 while it is paused for it.", {k: int(v["state"] == "paused") for k, v in limited.items()}),
         ("disk_over", "1 while it is over it.", {k: int(v["state"] != "below") for k, v in limited.items()}),
         ("scored_processes", "Its processes that die first.", {k: v["processes"] for k, v in environments.items()}),
