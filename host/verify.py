@@ -25,6 +25,8 @@ SECOND_LOOK_SECONDS = 2.0
 HOST = "host"
 LABEL, FILES_LABEL, PROBE_LABEL = "bulkhead.environment", "bulkhead.files", "bulkhead.probe"
 PROOF_SECONDS = 15 * 60
+KEEP_SECONDS = 10 * 60
+"""keep runs every minute, and may take five (its unit's limit): what is older, nobody has kept since."""
 ABSENT = "not there"
 SLICE_FILE = "cgroup file"
 INSTALL_NFT = "apt-get install nftables"
@@ -525,6 +527,27 @@ def agent(declared: Declared, places: Places) -> Iterator[Difference]:
         yield Difference(HOST, "watch process", str(file), "running", "not running; make up starts it")
 
 
+def kept(declared: Declared, places: Places, now: float) -> Iterator[Difference]:
+    """Whether keep has been running: its report is there and not old, however active its timer is.
+
+    `now`: seconds since 1970. After a boot, a deploy and a start of the watch process it has time for its first run.
+    """
+    if "keep" not in (declared.host.get("agent") or {}).get("verbs", ()):
+        return
+    file, observed = places.state / "keep.json", ABSENT
+    begun = [now - time.clock_gettime(time.CLOCK_BOOTTIME)]
+    for started in (places.declared / "host.json", places.run / "watch.pid"):
+        if started.exists():
+            begun.append(started.stat().st_mtime)
+    try:
+        observed = str(json.loads(file.read_text())["at"])
+        begun.append(datetime.fromisoformat(observed).timestamp())
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or another's
+    if now - max(begun) > KEEP_SECONDS:
+        yield Difference(HOST, "keep overdue", str(file), f"a run within {KEEP_SECONDS // 60} minutes", observed)
+
+
 def watches(file: Path, places: Places) -> bool:
     """Whether the process that a pid file names is there and is the watch process."""
     try:
@@ -590,6 +613,7 @@ def look(places: Places) -> Look:
     if declared.firewall:
         compare("firewall", 1, firewall_(declared, declared.firewall))
     compare("agent", 1, agent(declared, places))
+    compare("agent", 0, kept(declared, places, time.time()))
     listed_ = len(list((places.declared / "backup").glob("*.json")))
     if listed_:
         compare("environments' backups", listed_, backups(places))

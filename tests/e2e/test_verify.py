@@ -48,7 +48,7 @@ def watch(live: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     command = [sys.executable, PROGRAM, "watch"]
     subprocess.run([*command, "--stop"], check=True)
     own = [f"--period={PERIOD:g}", f"--log={folder / 'log'}"]
-    process = subprocess.Popen([*command, "verify", *own])
+    process = subprocess.Popen([*command, "verify", "keep", *own])  # or keep is missed after some minutes
     try:
         yield
     finally:

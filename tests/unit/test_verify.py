@@ -606,6 +606,58 @@ def test_a_host_that_was_deployed_without_an_agent_misses_none(tmp_path: Path) -
     assert list(verify.agent(DECLARED, Places(tmp_path))) == []
 
 
+@pytest.fixture
+def keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """A host on which keep last ran at NOW, and everything else is older."""
+    places = Places(tmp_path)
+    for file in (places.declared / "host.json", places.run / "watch.pid", places.state / "keep.json"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (NOW - 86400,) * 2)
+    at = datetime.fromtimestamp(NOW, UTC).isoformat(timespec="seconds")
+    (places.state / "keep.json").write_text(json.dumps({"at": at}))
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 86400.0)
+    return places
+
+
+NOW = 1_800_000_000.0
+LATE = NOW + verify.KEEP_SECONDS + 1
+
+
+def test_a_keep_that_does_not_run_is_missed_however_active_its_timer_is(keeps: Places) -> None:
+    assert list(verify.kept(LOOKING, keeps, LATE - 1)) == []
+    (found,) = verify.kept(LOOKING, keeps, LATE)
+    file = str(keeps.state / "keep.json")
+    assert found == ("host", "keep overdue", file, "a run within 10 minutes", "2027-01-15T08:00:00+00:00")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"at": 1}'])
+def test_a_keep_that_has_never_run_is_missed(keeps: Places, text: str | None) -> None:
+    file = keeps.state / "keep.json"
+    file.unlink() if text is None else file.write_text(text)
+    (found,) = verify.kept(LOOKING, keeps, NOW)
+    assert found.what == "keep overdue"
+
+
+@pytest.mark.parametrize("begun", ["etc/bulkhead/host.json", "run/bulkhead/watch.pid"])
+def test_after_a_deploy_or_a_start_of_the_watch_process_keep_has_time_for_its_first_run(
+    keeps: Places, begun: str
+) -> None:
+    os.utime(keeps.root / begun, (LATE, LATE))
+    assert list(verify.kept(LOOKING, keeps, LATE + verify.KEEP_SECONDS)) == []
+    assert len(list(verify.kept(LOOKING, keeps, LATE + verify.KEEP_SECONDS + 1))) == 1
+
+
+def test_after_a_boot_keep_has_time_for_its_first_run(keeps: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 30.0)
+    assert list(verify.kept(LOOKING, keeps, LATE)) == []
+
+
+def test_where_no_keep_was_deployed_none_is_missed(keeps: Places) -> None:
+    for host in ({}, {"agent": {"verbs": ["verify"]}}):
+        assert list(verify.kept(Declared({"environments": {}, **host}, {}), keeps, LATE)) == []
+
+
 # When a difference counts.
 
 A = Difference("dev", "container state", "container x", "running", "restarting")
@@ -758,6 +810,16 @@ def test_a_difference_is_printed_written_and_counted_and_news_only_once(
     assert 'bulkhead_verify_differences{environment="host"} 0\n' in metrics
     file.write_text("10\n")
     assert ran(host, capsys, news=True)[1].startswith("OK")
+
+
+def test_a_keep_that_is_overdue_is_told(
+    host: Places, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = host.declared / "host.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"agent": {"verbs": ["keep"]}}))
+    os.utime(file, (0, 0))
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 86400.0)
+    assert "host: keep overdue: " in ran(host, capsys)[1]
 
 
 def test_an_engine_that_does_not_answer_is_undecided_and_the_rest_is_compared(
