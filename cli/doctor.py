@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cli.pulumi import STATE_SPACE, Pulumi, PulumiError, backend_folder, environment, existing, state_folder
 from settings import host
+from settings.backup import FolderTarget
 from settings.compose_cli import find_compose
 from settings.errors import SettingsError
 from settings.host import HostFacts
@@ -24,6 +25,7 @@ from settings.ledger import DEFAULT_IO, LedgerSettings, Tier, shown
 
 OLDEST_PULUMI = (3, 200)
 LOW_DISK = 0.10  # of the data root's file system: below it, an image build fills the disk of both environments
+FULL_TABLE = 0.80  # of the connections that the kernel can track: it drops what is new when there is no room
 
 
 class Status(StrEnum):
@@ -73,6 +75,12 @@ UNIFIED = "kernel parameter systemd.unified_cgroup_hierarchy=1"
 # sshd gives itself that; keep (host/keep.py) gives the engine its own, which Debian's docker.io starts with 0.
 PROTECTED_SCORES = {"dockerd": -500, "containerd": -500, "sshd": -1000}
 UNITS = {"dockerd": "docker", "sshd": "ssh"}
+
+HOST_PROGRAMS = {
+    "nft": ("nftables", Status.MISSING, "there would be no firewall, so nothing is deployed"),
+    "restic": ("restic", Status.WARN, "nothing can be backed up"),
+}
+"""Their packages, and what is without them."""
 
 REQUIRED_CONTROLLERS = {"cpu": "CPU weights", "memory": "memory ceilings", "pids": "process ceilings"}
 
@@ -273,6 +281,68 @@ def free_disk(facts: HostFacts) -> Line:
     return Line("free disk", Status.WARN, found, "Free some: docker system df, docker system prune.")
 
 
+def host_programs(facts: HostFacts) -> Iterator[Line]:
+    """What deploys and the agent run on the engine's machine. (One that was not read is told by `cgroups`.)"""
+    if facts.programs is None:
+        return
+    for name, (package, absent, without) in HOST_PROGRAMS.items():
+        there = name in facts.programs
+        yield Line(
+            f"{name} on the host",
+            Status.OK if there else absent,
+            "installed" if there else f"not installed: {without}",
+            "" if there else f"Run apt-get install {package} there, or make setup (of a server: make bootstrap).",
+        )
+
+
+def connections(facts: HostFacts) -> Iterator[Line]:
+    """The room in the kernel's one table of connections, which any environment can fill for all."""
+    if facts.connections is None:
+        return
+    count, most = facts.connections
+    found = f"{count} of {most} tracked, of all environments together"
+    if count <= FULL_TABLE * most:
+        yield Line("connections", Status.OK, found)
+        return
+    yield Line(
+        "connections",
+        Status.WARN,
+        f"{found}: when it is full, new ones of prod fail too",
+        "See whose they are: conntrack -L (package conntrack). For more: sysctl -w net.netfilter.nf_conntrack_max="
+        f"{2 * most} (keep it in /etc/sysctl.d).",
+    )
+
+
+def folder_targets(ledger: LedgerSettings | None) -> dict[str, str]:
+    """The folders of the engine's machine that backups go to, by their targets' names."""
+    targets = ledger.backup.targets if ledger else {}
+    return {name: str(Path(one.path)) for name, one in targets.items() if isinstance(one, FolderTarget)}
+
+
+def backup_folders(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[Line]:
+    """Whether backups in a folder outlive the engine's disk, and have room. The default one counts once it is used."""
+    chosen = ledger is not None and "targets" in ledger.backup.model_fields_set
+    for name, path in folder_targets(ledger).items():
+        place = facts.folders.get(path)
+        if place is None or not (place.there or chosen):
+            continue
+        found = f"{shown('disk', place.free)} of {shown('disk', place.size)} free for {path}"
+        status, remedy = Status.WARN, ""
+        if place.shared:
+            found += ", on the disk of the engine's data: what breaks it takes both"
+            remedy = (
+                "Mount another disk there (it may not be mounted now), or name one, or a bucket, in bulkhead:backup."
+            )
+        elif not place.there:
+            found = f"{path} is not there: the first backup makes it, on the disk of what is above it"
+            remedy = "Mount its disk, if it is to have one."
+        elif place.free < LOW_DISK * place.size:
+            remedy = "Keep fewer backups (retain of x-bulkhead.backup), or mount a larger disk."
+        else:
+            status = Status.OK
+        yield Line(f"backup target {name}", status, found, remedy)
+
+
 def state(variables: Mapping[str, str], own: Path) -> Iterator[Line]:
     """Where the state is, whether it has room, and who may read the passphrase."""
     backend = variables.get("PULUMI_BACKEND_URL")
@@ -373,7 +443,7 @@ def examine(root: Path) -> list[Line]:
         ledger = None
         lines.append(Line("ledger", Status.MISSING, str(error), "Correct it, then run make doctor again."))
     try:
-        facts = host.facts(ledger.host if ledger else None)
+        facts = host.facts(ledger.host if ledger else None, list(folder_targets(ledger).values()))
     except SettingsError as error:
         return [*lines, Line("Docker engine", Status.MISSING, str(error), error.remedy)]
     lines.append(Line("Docker engine", Status.OK, f"{facts.address} ({facts.system}, kernel {facts.kernel})"))
@@ -383,7 +453,7 @@ def examine(root: Path) -> list[Line]:
     if facts.local:
         lines.append(swap(Path("/proc/meminfo").read_text()))
     lines += [*oom_scores(facts.scores), *disk_ceilings(ledger)]
-    lines.append(free_disk(facts))
+    lines += [free_disk(facts), *backup_folders(facts, ledger), *host_programs(facts), *connections(facts)]
     return [*lines, *(capacity(ledger, facts) if ledger else [])]
 
 

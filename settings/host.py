@@ -4,6 +4,7 @@ A local engine is asked over its socket, an `ssh://` one through ssh and the Doc
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -46,6 +47,15 @@ class Disk(Frozen):
         return "iocost" if self.iocost else "bfq" if self.schedulers == ("bfq",) else ""
 
 
+class Place(Frozen):
+    """A folder on the engine's machine; see `settings.machine.place` for the fields."""
+
+    there: bool
+    size: int
+    free: int
+    shared: bool
+
+
 class HostFacts(Frozen):
     """The machine of an engine. `memory`, `disk`, `disk_free` in bytes, of the file system that holds `data_root`.
 
@@ -79,6 +89,12 @@ class HostFacts(Frozen):
     """OOM scores of the programs that have to outlive everything else."""
     measured: Mapping[str, Any] | None = None
     """What host/device.py measured of the disk, and when; None before the first deploy."""
+    programs: frozenset[str] | None = None
+    """Those of `settings.machine.PROGRAMS` that are installed; None: the machine could not be read."""
+    connections: tuple[int, int] | None = None
+    """How many the kernel tracks there, of all environments, and how many it can; None where it tracks none."""
+    folders: Mapping[str, Place] = {}
+    """Those that were asked for."""
 
     @property
     def io(self) -> Literal["iocost", "bfq", "throttle", ""]:
@@ -119,9 +135,10 @@ def address(host: str | None) -> str:
     return host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
 
 
-def facts(docker_host: str | None = None) -> HostFacts:
+def facts(docker_host: str | None = None, folders: Sequence[str] = ()) -> HostFacts:
     """Ask the engine at `address(docker_host)`; at most 2 s to connect and 10 s for an answer (15 and 60 s over ssh).
 
+    `folders`: of its machine, to be looked at too.
     SettingsError with the next step if it does not answer, or is reached in a way that is not supported.
     """
     url = address(docker_host)
@@ -133,7 +150,7 @@ def facts(docker_host: str | None = None) -> HostFacts:
             "Use ssh://user@machine for an engine elsewhere.",
         )
     try:
-        info, (disk, disk_free), boot, read = ask(url)
+        info, (disk, disk_free), boot, read = ask(url, folders)
         return HostFacts(
             address=url,
             server_version=info["ServerVersion"],
@@ -156,6 +173,9 @@ def facts(docker_host: str | None = None) -> HostFacts:
             swap_limit=bool(info.get("SwapLimit")),
             scores=read.get("scores", {}),
             measured=read.get("measured"),
+            programs=read.get("programs"),
+            connections=read.get("connections"),
+            folders=read.get("folders", {}),
         )
     except (KeyError, TypeError, ValueError):
         raise _error(url, "what answers there is not a Docker engine", "Stop it, or name another.") from None
@@ -166,7 +186,7 @@ Answer = tuple[Mapping[str, Any], tuple[int, int], str, Mapping[str, Any]]
 `settings.machine` reads there (empty where there is no python3)."""
 
 
-def _ask_socket(url: str) -> Answer:
+def _ask_socket(url: str, folders: Sequence[str]) -> Answer:
     path = url.removeprefix("unix://")
     start = "Run `make up` (or `make engine-start`), which starts it."
     try:
@@ -186,14 +206,14 @@ def _ask_socket(url: str) -> Answer:
         raise _error(url, f"the Docker engine does not answer ({error})", start) from None
     data_root = Path(info["DockerRootDir"])
     usage = shutil.disk_usage(machine.existing(data_root))
-    return info, (usage.total, usage.free), BOOT_ID.read_text().strip(), machine.read(data_root)
+    return info, (usage.total, usage.free), BOOT_ID.read_text().strip(), machine.read(data_root, map(Path, folders))
 
 
-def _ask_ssh(url: str) -> Answer:
+def _ask_ssh(url: str, folders: Sequence[str]) -> Answer:
     # One connection for all of it: its handshake takes longer than the rest.
     root = '"$(docker info --format "{{.DockerRootDir}}")"'
     df = f"df --block-size=1 --output=size,avail {root}"
-    read = f"python3 - {root} || echo null"  # doctor says what is missing there
+    read = f"python3 - {root} {shlex.join(folders)} || echo null"  # doctor says what is missing there
     asked = _ssh(
         url,
         f"docker info --format '{{{{json .}}}}' && {df} && cat {BOOT_ID} && {{ {read}; }}",

@@ -1,12 +1,14 @@
 """What a Docker host's /sys and mounts say of its disk, cgroups and service manager. Standard library only, since a
-remote machine is sent this file: `ssh host python3 - DATA_ROOT < settings/machine.py` prints what `read` returns."""
+remote machine is sent this file: `ssh host python3 - DATA_ROOT FOLDER... < settings/machine.py` prints what `read`
+returns."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ SYS = Path("/sys")
 CGROUPS = Path("/sys/fs/cgroup")
 GUARDS = ("dockerd", "containerd", "sshd")
 """Programs that have to outlive everything else when the machine is out of memory."""
+PROGRAMS = ("nft", "restic")
+"""What deploys and the agent run there, beside the engine."""
+TRACKED = Path("/proc/sys/net/netfilter")
 
 
-def read(data_root: Path) -> dict[str, Any]:
+def read(data_root: Path, folders: Iterable[Path] = ()) -> dict[str, Any]:
     """The facts as plain values: `systemd` (its version, 0 without), `recursive_memory`, `controllers`, `disk`,
-    `scores` (OOM scores of GUARDS) and `measured` (what host/device.py found, None before the first deploy).
+    `scores` (OOM scores of GUARDS), `measured` (what host/device.py found, None before the first deploy), `programs`
+    (those of PROGRAMS that are installed), `connections` (how many are tracked, and at most) and `folders` (`place`).
 
     `disk` is None where the data root's file system stands on no block device (overlay, zfs), else `number` (MAJ:MIN
     of the whole disk), `name` and `size` (bytes) of the device whose throttle holds for the file system, `schedulers`
@@ -34,6 +40,9 @@ def read(data_root: Path) -> dict[str, Any]:
         "controllers": sorted(controllers()),
         "scores": scores(),
         "measured": measured(),
+        "programs": programs(os.environ.get("PATH", os.defpath)),
+        "connections": connections(),
+        "folders": {str(one): place(one, data_root) for one in folders},
         "disk": device
         and {
             "number": (device / "dev").read_text().strip(),
@@ -48,6 +57,16 @@ def read(data_root: Path) -> dict[str, Any]:
 def existing(folder: Path) -> Path:
     """The folder, or what stands above it: a user who is not root may not see Docker's own."""
     return next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+
+
+def place(folder: Path, data_root: Path, sys: Path = SYS) -> dict[str, Any]:
+    """Of a folder, or what it would be made in: whether it is `there`, `size` and `free` bytes of its file system, and
+    whether that is `shared` with the engine's data: the same, or one on the same disk."""
+    found, data = existing(folder), existing(data_root)
+    room = shutil.disk_usage(found)
+    same = found.stat().st_dev == data.stat().st_dev
+    shared = same or not {*disks(found, sys)}.isdisjoint(disks(data, sys))
+    return {"there": found == folder, "size": room.total, "free": room.free, "shared": shared}
 
 
 def _device(folder: Path, sys: Path) -> Path | None:
@@ -115,6 +134,19 @@ def systemd() -> int:
     return int(found[1]) if found else 0
 
 
+def programs(path: str) -> list[str]:
+    """Those of PROGRAMS that root finds; `path`: of the user that asks, who may have no folders of root's in it."""
+    return [name for name in PROGRAMS if shutil.which(name, path=f"{path}:/usr/local/sbin:/usr/sbin:/sbin")]
+
+
+def connections(folder: Path = TRACKED) -> list[int] | None:
+    """How many connections the kernel tracks and how many it can, None where it tracks none."""
+    try:
+        return [int((folder / f"nf_conntrack_{name}").read_text()) for name in ("count", "max")]
+    except OSError:
+        return None
+
+
 def measured(file: Path = MEASURED) -> dict[str, Any] | None:
     """The disk's speed as it was measured, see host/device.py."""
     try:
@@ -149,4 +181,4 @@ def options(mount_point: Path, mounts: Path = Path("/proc/self/mounts")) -> froz
 
 
 if __name__ == "__main__":
-    print(json.dumps(read(Path(sys.argv[1]))))
+    print(json.dumps(read(Path(sys.argv[1]), map(Path, sys.argv[2:]))))

@@ -3,6 +3,7 @@ Folders like /sys are made in a temporary place; the machine itself is not asked
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from rich.console import Console
 from cli import doctor
 from cli.doctor import Line, Status
 from settings import host, machine
+from settings.backup import DEFAULT_FOLDER
 from settings.errors import SettingsError
-from settings.host import Disk, HostFacts
+from settings.host import Disk, HostFacts, Place
 from settings.ledger import LedgerSettings
 
 GIB = 2**30
@@ -223,6 +225,86 @@ def test_less_than_a_tenth_of_the_disk_free_is_a_warning(free: int, expected: St
     assert doctor.free_disk(FACTS.model_copy(update={"disk_free": free})).status is expected
 
 
+def test_programs_that_the_host_lacks_are_named_with_their_package() -> None:
+    assert list(doctor.host_programs(facts())) == []  # not read
+    there = doctor.host_programs(facts(programs=frozenset({"nft", "restic"})))
+    assert status(there) == {"nft on the host": Status.OK, "restic on the host": Status.OK}
+    nft, restic = doctor.host_programs(facts(programs=frozenset()))
+    assert (nft.status, restic.status) == (Status.MISSING, Status.WARN)
+    assert "apt-get install nftables" in nft.remedy
+
+
+@pytest.mark.parametrize(("count", "expected"), [(80, Status.OK), (81, Status.WARN)])
+def test_a_table_of_connections_that_is_nearly_full_is_a_warning(count: int, expected: Status) -> None:
+    (line,) = doctor.connections(facts(connections=(count, 100)))
+    assert line.status is expected
+    assert line.found.startswith(f"{count} of 100 tracked")
+    assert ("nf_conntrack_max=200" in line.remedy) is (expected is Status.WARN)
+
+
+def test_a_kernel_that_tracks_no_connections_has_no_line_of_them() -> None:
+    assert list(doctor.connections(facts())) == []
+
+
+def place(**changed: object) -> Place:
+    """A folder that is there, on a disk of its own."""
+    return Place(there=True, size=100 * GIB, free=50 * GIB, shared=False).model_copy(update=changed)
+
+
+TARGETS = IO_LEDGER + "  bulkhead:backup: {{targets: {{disk: {{path: /srv/backup/}}, away: {{path: /mnt/away}}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "words"),
+    [
+        ({}, Status.OK, "50GiB of 100GiB free for /srv/backup"),
+        ({"free": 10 * GIB}, Status.OK, "10GiB of 100GiB"),
+        ({"free": 10 * GIB - 1}, Status.WARN, "of 100GiB free"),
+        ({"shared": True}, Status.WARN, "on the disk of the engine's data"),
+        ({"there": False}, Status.WARN, "/srv/backup is not there"),
+        ({"there": False, "shared": True}, Status.WARN, "on the disk of the engine's data"),
+    ],
+)
+def test_a_folder_for_backups_is_on_a_disk_of_its_own_with_room(
+    tmp_path: Path, changed: dict[str, object], expected: Status, words: str
+) -> None:
+    file = tmp_path / "Pulumi.host.yaml"
+    file.write_text(TARGETS.format(more=""))
+    ledger = LedgerSettings.read(file)
+    assert doctor.folder_targets(ledger) == {"disk": "/srv/backup", "away": "/mnt/away"}
+    (line,) = doctor.backup_folders(facts(folders={"/srv/backup": place(**changed)}), ledger)
+    assert (line.name, line.status) == ("backup target disk", expected)
+    assert words in line.found
+    assert bool(line.remedy) is (expected is Status.WARN)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folder_that_nobody_has_named_counts_once_it_is_used(tmp_path: Path, there: bool) -> None:
+    asked = facts(folders={DEFAULT_FOLDER: place(there=there, shared=True)})
+    assert len(list(doctor.backup_folders(asked, io_ledger(tmp_path)))) == there
+    assert list(doctor.backup_folders(asked, None)) == []
+
+
+def test_the_engines_machine_is_asked_about_the_folders_and_all_of_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Pulumi.host.yaml").write_text(TARGETS.format(more=""))
+
+    def asked(_: str | None, folders: Sequence[str]) -> HostFacts:
+        return facts(
+            address="ssh://me@box",
+            programs=frozenset({"nft"}),
+            connections=(1, 100),
+            folders={path: place() for path in folders},
+        )
+
+    monkeypatch.setattr(host, "facts", asked)
+    monkeypatch.setattr(doctor, "tools", lambda *_: [])
+    told = status(doctor.examine(tmp_path))
+    assert told["restic on the host"] is Status.WARN
+    assert {"nft on the host", "connections", "backup target disk", "backup target away", "free disk"} <= set(told)
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"), [(0o600, Status.OK), (0o640, Status.WARN), (0o604, Status.WARN), (0o400, Status.OK)]
 )
@@ -346,6 +428,17 @@ def test_a_remote_engine_is_asked_over_ssh(
     assert facts.boot == "7f3a"
     assert facts.controllers == (machine.controllers() if read else None)
     assert not facts.local
+
+
+def test_a_remote_machine_is_asked_about_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = f'printf %s "$*" > {tmp_path}/asked; python3 - / "{tmp_path}/a b"'
+    (tmp_path / "ssh").write_text(SSH.replace("{python}", asked))
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = host.facts("ssh://me@box", [f"{tmp_path}/a b"])
+    assert (tmp_path / "asked").read_text().endswith(f" '{tmp_path}/a b' || echo null; }}")
+    assert not found.folders[f"{tmp_path}/a b"].there
+    assert found.programs is not None
 
 
 def test_a_remote_machine_that_does_not_answer_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

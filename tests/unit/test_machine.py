@@ -3,9 +3,11 @@ Folders like /sys are made in a temporary place."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -111,6 +113,36 @@ def test_a_sessions_sshd_does_not_count_as_unprotected(tmp_path: Path) -> None:
     assert machine.scores(tmp_path) == {"sshd": -1000, "dockerd": -500}
 
 
+def test_the_connections_that_the_kernel_tracks_are_read_where_it_does(tmp_path: Path) -> None:
+    assert machine.connections(tmp_path) is None
+    (tmp_path / "nf_conntrack_count").write_text("27\n")
+    (tmp_path / "nf_conntrack_max").write_text("262144\n")
+    assert machine.connections(tmp_path) == [27, 262144]
+
+
+def test_programs_are_found_that_the_users_own_path_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROGRAMS", ("of-the-user", "ldconfig", "of-nobody"))
+    (tmp_path / "of-the-user").touch(0o755)
+    assert machine.programs(str(tmp_path)) == ["of-the-user", "ldconfig"]
+
+
+def test_a_place_is_what_a_folder_would_be_made_in(tmp_path: Path) -> None:
+    room = shutil.disk_usage(tmp_path)
+    there = machine.place(tmp_path, tmp_path / "data", tmp_path)
+    assert (there["there"], there["size"], there["shared"]) == (True, room.total, True)
+    assert machine.place(tmp_path / "a/b", tmp_path, tmp_path) == {**there, "there": False, "free": ANY}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_file_systems_may_be_on_one_disk(tmp_path: Path, shared: bool) -> None:
+    data = Path("/dev/shm")
+    link(tmp_path, tmp_path, block(tmp_path, "sda", number="8:0"))
+    number = data.stat().st_dev
+    other = tmp_path / "devices/sda" if shared else block(tmp_path, "sdb", number="8:16")
+    (tmp_path / "dev/block" / f"{os.major(number)}:{os.minor(number)}").symlink_to(other)
+    assert machine.place(tmp_path, data, tmp_path)["shared"] is shared
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]"])
 def test_a_measurement_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "device.json").write_text(text)
@@ -120,7 +152,10 @@ def test_a_measurement_that_cannot_be_read_is_none(tmp_path: Path, text: str) ->
 
 def test_the_file_alone_prints_what_the_facts_take() -> None:
     source = Path(machine.__file__).read_text()
-    alone = [sys.executable, "-I", "-", "/var/lib/docker"]
+    alone = [sys.executable, "-I", "-", "/var/lib/docker", "/proc/a b"]
     told = json.loads(subprocess.run(alone, input=source, capture_output=True, text=True, check=True).stdout)
-    assert told == machine.read(Path("/var/lib/docker"))
+    read = machine.read(Path("/var/lib/docker"), [Path("/proc/a b")])
+    wavers = {"connections": None}
+    assert told | wavers == read | wavers
+    assert list(told["folders"]) == ["/proc/a b"]
     assert set(told) - {"disk"} <= set(HostFacts.model_fields)
