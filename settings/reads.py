@@ -76,9 +76,9 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
     found: dict[str, dict[str, str]] = {}
     for one in reads(project):
         path = one.path.resolve()
-        if one.key.endswith(".volumes") and not path.is_relative_to(folder) and not folder.is_relative_to(path):
-            continue  # a folder of the host: policies judge the mount itself
         owner = next((name for secret, name in theirs.items() if _opens(one, path, secret)), "")
+        if one.key.endswith(".volumes") and not owner:
+            continue  # policies judge the mount itself
         shown = one.path if UNRESOLVED in str(one.path) else path
         same = sum(key.partition("[")[0] == one.key for key in found)
         found[f"{one.key}[{same}]" if same else one.key] = {

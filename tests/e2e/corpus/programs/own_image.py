@@ -3,7 +3,9 @@
 import pulumi
 import pulumi_docker as docker
 
-from settings.ledger import slice_name
+from components.image import Image, ImageArgs
+from settings.compose import Build
+from settings.ledger import Tier, slice_name
 from settings.project import root
 from stacks import environment
 
@@ -11,10 +13,7 @@ from stacks import environment
 def build() -> None:
     """The environment, and the image beside it."""
     opts = pulumi.ResourceOptions(parent=environment.build())
-    image = docker.RemoteImage(
-        "lab",
-        name="bulkhead/corpus-dev-lab:1.0",
-        build={"context": str(root() / "app"), "cgroup_parent": slice_name("corpus-dev", "cgroupfs")},
-        opts=opts,
-    )
-    docker.Tag("newest", source_image=image.name, target_image="bulkhead/corpus-dev-lab:newest", opts=opts)
+    parent = slice_name("corpus-dev", "cgroupfs")
+    made = Build(context=str(root() / "app"))
+    image = Image("lab", ImageArgs("corpus-dev", Tier.BEST_EFFORT, "lab", parent, build=made), opts=opts)
+    docker.Tag("newest", source_image=image.reference, target_image="bulkhead/corpus-dev-lab:newest", opts=opts)
