@@ -26,8 +26,10 @@ LINK_LOCAL4, LINK_LOCAL6 = "169.254.0.0/16", "fe80::/10"
 METADATA4 = "{ 168.63.129.16, 192.0.0.0/24 }"
 # Without these IPv6 finds no neighbour. Routers and redirects are not among them: a container is no router.
 NEIGHBOURS = "{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld-listener-report, mld2-listener-report }"
-# Bridges that the engine names itself, and its default one, where builds run.
+# Bridges that the engine names itself, and its default one, where builds run. Not every bridge (`meta iifkind`): a
+# host's way to the internet may be one, and its router and DHCPv6 server speak from link-local addresses.
 BRIDGES, DEFAULT_BRIDGE = '"br-*"', '"docker0"'
+INTERFACE_NAME = 15  # bytes at most: the kernel's IFNAMSIZ, of which the last is 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def ruleset(environments: Sequence[Environment]) -> str:
     `@RESOLVERS4@` and `@RESOLVERS6@` stand for the host's own name servers, which only the host knows.
     """
     everyone = sorted(environments, key=lambda one: one.name)
+    best_effort = [one for one in everyone if one.tier is not Tier.PROTECTED]
+    bridges = [BRIDGES, *(_named(one) for one in best_effort if len(one.name) < INTERFACE_NAME)]
     return "\n".join(
         [
             "# Written by Bulkhead from the ledger; replaced by the next deploy.",
@@ -91,7 +95,7 @@ def ruleset(environments: Sequence[Environment]) -> str:
             "    type filter hook prerouting priority mangle; policy accept;",
             "    ct direction reply accept",
             f"    icmpv6 type {NEIGHBOURS} accept",
-            *_spoofed(),
+            *_spoofed(bridges),
             *(line for one in everyone for line in _jump(one, f"from_{one.name}")),
             f'    iifname {DEFAULT_BRIDGE} jump from_default_bridge comment "builds, and containers of no network"',
             f"    ip daddr @environments4 {_drop('to an environment from outside')}",
@@ -110,14 +114,9 @@ def ruleset(environments: Sequence[Environment]) -> str:
             "    type filter hook input priority filter - 1; policy accept;",
             "    ct direction reply accept",
             f"    icmpv6 type {NEIGHBOURS} accept",
-            *(
-                line
-                for one in everyone
-                if one.tier is not Tier.PROTECTED
-                for line in _sent_by(one, _drop(f"from {one.name} to the host"))
-            ),
+            *(line for one in best_effort for line in _sent_by(one, _drop(f"from {one.name} to the host"))),
             f"    iifname {DEFAULT_BRIDGE} {_drop('from builds to the host')}",
-            f"    iifname {BRIDGES} ip6 saddr {LINK_LOCAL6} {_drop('link-local IPv6 to the host')}",
+            *(f"    iifname {one} ip6 saddr {LINK_LOCAL6} {_drop('link-local IPv6 to the host')}" for one in bridges),
             "  }",
             *(line for one in everyone for line in (*_others(one), *_from(one))),
             "",
@@ -137,12 +136,15 @@ def _set(name: str, kind: str, elements: Sequence[str]) -> list[str]:
     return [f"  set {name} {{ type {kind}; flags interval; {inside}}}"]
 
 
-def _spoofed() -> list[str]:
+def _named(one: Environment) -> str:
+    """Bridges that an environment names itself: by policy (network-options) with its own name at the beginning."""
+    return f'"{f"{one.name}-*"[:INTERFACE_NAME]}"'
+
+
+def _spoofed(bridges: Sequence[str]) -> list[str]:
     """A sender that the host would not answer through the same bridge is not who it says it is."""
-    return [
-        f"    {family} saddr @environments{version} fib saddr . iif oif missing {_drop('forged sender')}"
-        for family, version in (("ip", 4), ("ip6", 6))
-    ]
+    whose = ["ip saddr @environments4", "ip6 saddr @environments6", *(f"iifname {one}" for one in bridges)]
+    return [f"    {one} fib saddr . iif oif missing {_drop('forged sender')}" for one in whose]
 
 
 def _jump(one: Environment, chain: str) -> list[str]:

@@ -3,17 +3,20 @@ Without the table every path here is open; with it only those that the ledger op
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli.agent import Agent
 from components.firewall import ruleset
 from settings.ledger import Egress, Environment, Tier
 from tests.deployed import CHECKOUT
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 MARK = f"bh{os.getpid()}"
 HOST, WORLD = f"{MARK}-host", f"{MARK}-world"
-PORT, DNS, SECOND = 8080, 53, 9
+PORT, DNS = 8080, 53
 RESOLVER = "the host's name server"
 WORLD_ADDRESSES = {
     "internet": "198.51.100.10",
@@ -35,12 +38,13 @@ WORLD_ADDRESSES = {
     "unique local IPv6": "fd00:ec2::254",
 }
 CONTAINERS = {
-    "dev": ("br-dev", "10.92.1.{}", "fd92::{}"),
+    "dev": ("dev-x", "10.92.1.{}", "fd92::{}"),  # a name that dev has chosen, as policy lets it
     "prod": ("br-prod", "10.91.1.{}", "fd91::{}"),
     "staging": ("br-stag", "10.93.1.{}", None),
     "build": ("docker0", "172.17.0.{}", None),
     "stranger": ("br-other", "10.77.1.{}", None),
 }
+SUBNET = IPv4Network("10.92.0.0/16")
 SUBNETS = {
     "dev": ("10.92.0.0/16", "fd92::/48"),
     "prod": ("10.91.0.0/16", "fd91::/48"),
@@ -99,8 +103,16 @@ def tcp(port):
     server = socket.create_server(("::", int(port)), family=socket.AF_INET6, dualstack_ipv6=True)
     while True:
         server.accept()[0].close()
+def udp(port):
+    server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    server.bind(("::", int(port)))
+    while True:
+        said, told, _, sender = server.recvmsg(1500, 64)
+        server.sendmsg([said], told, 0, sender)  # from the address that was asked
 for port in sys.argv[1:]:
-    threading.Thread(target=tcp, args=(port,), daemon=True).start()
+    for serve in (tcp, udp):
+        threading.Thread(target=serve, args=(port,), daemon=True).start()
 print("ready", flush=True)
 threading.Event().wait()
 """
@@ -186,6 +198,42 @@ def reached(source: str) -> set[str]:
     return {name for name, result in zip(wanted, said, strict=True) if result in ("connected", "refused")}
 
 
+def dropped(chain: str, rule: str) -> int:
+    """Packets that the rules of a chain with this comment have dropped, as `make firewall` shows them."""
+    here = Agent(None)
+    here._root = partial(inside, HOST, "sh", "-c")  # type: ignore[method-assign]
+    return sum(one["packets"] for one in here.firewall() if (one["chain"], one["rule"]) == (chain, rule))
+
+
+def link_local(namespace: str, interface: str) -> str:
+    """The link-local address of an interface, as who is on the same link through its `eth0` writes it."""
+    shown = json.loads(inside(namespace, "ip", "-json", "address", "show", "dev", interface))
+    return next(f"{info['local']}%eth0" for info in shown[0]["addr_info"] if info["scope"] == "link")
+
+
+def answered(source: str, to: str, flows: int, port: int = PORT) -> list[int]:
+    """Which of so many flows are answered: of each a datagram, and at the end another one of those that were."""
+    script = """
+import socket, sys
+flows = []
+for number in range(int(sys.argv[3])):
+    one = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+    one.connect(socket.getaddrinfo(*sys.argv[1:3], type=socket.SOCK_DGRAM)[0][4])
+    one.settimeout(0.5)
+    flows.append((number, one))
+for asked in range(2):
+    for number, one in list(flows):
+        try:
+            one.send(b"x")
+            one.recv(10)
+        except OSError:
+            flows.remove((number, one))
+print(*(number for number, _ in flows))
+"""
+    said = inside(f"{MARK}-{source}", sys.executable, "-c", script, to, str(port), str(flows))
+    return [int(one) for one in said.split()]
+
+
 def world(*names: str) -> set[str]:
     return set(names)
 
@@ -260,16 +308,47 @@ def test_a_forged_sender_is_dropped(network: None) -> None:
     loaded({"dev": ("internet",), "staging": ("internet",)})
     script = "from host.probe import forged; print(forged('10.91.1.77', '10.91.1.2', 'x'))"
     assert inside(f"{MARK}-dev", sys.executable, "-c", script).strip() == "sent"
-    listed = json.loads(inside(HOST, "nft", "--json", "list", "table", "inet", "bulkhead"))
-    rules = [one["rule"] for one in listed["nftables"] if "rule" in one]
-    dropped = [rule for rule in rules if rule.get("comment") == "forged sender" and rule["chain"] == "sent"]
-    assert sum(part["counter"]["packets"] for rule in dropped for part in rule["expr"] if "counter" in part) >= 2
+    assert dropped("sent", "forged sender") >= 2
+
+
+def test_a_sender_of_no_environment_is_forged_too_where_containers_are(network: None) -> None:
+    """IPv6 needs no privilege for it: a socket may be bound to any address (IPV6_FREEBIND)."""
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    script = """
+import socket
+from host.probe import forged
+print(forged("203.0.113.7", "10.92.1.1", "x"))
+one = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+one.setsockopt(socket.IPPROTO_IPV6, 78, 1)
+one.bind(("2001:db8:bad::1", 0))
+one.sendto(b"x", ("fd92::1", 8080))
+"""
+    assert inside(f"{MARK}-dev", sys.executable, "-c", script).strip() == "sent"
+    assert dropped("sent", "forged sender") == 3
+
+
+@pytest.mark.parametrize("source", ["dev", "prod"], ids=["named by dev", "named by the engine"])
+def test_the_host_is_not_reached_by_its_link_local_address(source: str, network: None) -> None:
+    host = link_local(HOST, CONTAINERS[source][0])
+    loaded(None)
+    assert answered(source, host, 1) == [0]
+    loaded({"dev": ("internet",), "staging": ("internet",)})
+    assert answered(source, host, 1) == []
+    assert dropped("arrived", "link-local IPv6 to the host") == 1
+
+
+def test_an_environment_may_have_any_name(network: None) -> None:
+    """A bridge's name has 15 bytes at most, an environment's 31."""
+    named = {"a" * length: IPv4Network(f"10.{length}.0.0/16") for length in (1, 13, 14, 15, 31)}
+    text = ruleset([Environment(name=name, tier=Tier.BEST_EFFORT, subnet=subnet) for name, subnet in named.items()])
+    inside(HOST, "nft", "--check", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
+    assert {one for one in re.findall('iifname "(a.*?)"', text)} == {"a-*", "a" * 13 + "-*", "a" * 14 + "-"}
 
 
 def test_the_table_replaces_itself_as_one_and_touches_no_other(network: None) -> None:
     loaded({"dev": ("internet",)})
     inside(HOST, "nft", "add", "table", "inet", "somebody_elses")
-    text = ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=IPv4Network("10.92.0.0/16"))])
+    text = ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=SUBNET)])
     inside(HOST, "nft", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
     inside(HOST, "nft", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
     assert inside(HOST, "nft", "list", "tables").split("\n")[:-1] == [
@@ -281,9 +360,7 @@ def test_the_table_replaces_itself_as_one_and_touches_no_other(network: None) ->
 def test_the_file_of_a_host_names_its_own_name_servers(tmp_path: Path, network: None) -> None:
     from components import firewall
 
-    create, delete = firewall.scripts(
-        ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=IPv4Network("10.92.0.0/16"))])
-    )
+    create, delete = firewall.scripts(ruleset([Environment(name="dev", tier=Tier.BEST_EFFORT, subnet=SUBNET)]))
     file = tmp_path / "firewall.nft"
     redirected = [
         script.replace(firewall.FILE, str(file)).replace("/run/systemd/system", "/nowhere")
