@@ -30,17 +30,22 @@ NEIGHBOURS = "{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld-
 # host's way to the internet may be one, and its router and DHCPv6 server speak from link-local addresses.
 BRIDGES, DEFAULT_BRIDGE = '"br-*"', '"docker0"'
 INTERFACE_NAME = 15  # bytes at most: the kernel's IFNAMSIZ, of which the last is 0
+# How many connections the kernel tracks by default, with 1 to 4 GB of memory and with more (nf_conntrack_init_start).
+# Of a larger table no more is given: `ct count` walks all that it counts for each new one, 0.1 µs each (measured).
+CONNECTIONS, CONNECTIONS_AT_MOST = 65_536, 262_144
 
 
 @dataclass(frozen=True)
 class FirewallArgs:
-    """The environments of the ledger. `host`: the engine's address.
+    """The environments of the ledger. `connections`: how many the host's kernel tracks at most, None where it tracks
+    none yet. `host`: the engine's address.
 
     `boot`: an id of the host's current boot, where no service manager loads the table again after a reboot:
     the next `pulumi up` then does.
     """
 
     environments: Sequence[Environment]
+    connections: int | None
     host: str | None = None
     boot: str = ""
 
@@ -53,7 +58,7 @@ class Firewall(pulumi.ComponentResource):
     def __init__(self, name: str, args: FirewallArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("bulkhead:index:Firewall", name, None, opts)
         names = sorted(environment.name for environment in args.environments)
-        create, delete = scripts(ruleset(args.environments))
+        create, delete = scripts(ruleset(args.environments, args.connections or CONNECTIONS))
         command = HostCommand(
             f"{name}-table",
             HostCommandArgs(
@@ -68,7 +73,7 @@ class Firewall(pulumi.ComponentResource):
         self.register_outputs({"environments": self.environments})
 
 
-def ruleset(environments: Sequence[Environment]) -> str:
+def ruleset(environments: Sequence[Environment], connections: int = CONNECTIONS) -> str:
     """The table as `nft -f` reads it, replaced as one: there is no moment without it.
 
     Packets are judged after connection tracking, so that answers pass, and before the engine rewrites the addresses
@@ -77,6 +82,8 @@ def ruleset(environments: Sequence[Environment]) -> str:
     """
     everyone = sorted(environments, key=lambda one: one.name)
     best_effort = [one for one in everyone if one.tier is not Tier.PROTECTED]
+    counted = [*(one.name for one in best_effort), "default_bridge", "link_local"]
+    share = min(connections, CONNECTIONS_AT_MOST) // 2 // len(counted)
     bridges = [BRIDGES, *(_named(one) for one in best_effort if len(one.name) < INTERFACE_NAME)]
     return "\n".join(
         [
@@ -100,6 +107,8 @@ def ruleset(environments: Sequence[Environment]) -> str:
             f'    iifname {DEFAULT_BRIDGE} jump from_default_bridge comment "builds, and containers of no network"',
             f"    ip daddr @environments4 {_drop('to an environment from outside')}",
             f"    ip6 daddr @environments6 {_drop('to an environment from outside')}",
+            f"    iifname {DEFAULT_BRIDGE} goto {_tracked('default_bridge')}",
+            *(f"    iifname {one} ip6 saddr {LINK_LOCAL6} goto {_tracked('link_local')}" for one in bridges),
             "  }",
             "",
             "  chain passed_on {",
@@ -121,10 +130,11 @@ def ruleset(environments: Sequence[Environment]) -> str:
             *(line for one in everyone for line in (*_others(one), *_from(one))),
             "",
             "  chain from_default_bridge {",
-            *_resolvers("accept"),
+            *_resolvers(f"goto {_tracked('default_bridge')}"),
             f"    fib daddr type local {_drop('to the host')}",
             *_metadata(),
             "  }",
+            *(line for name in counted for line in _counted(name, share)),
             "}",
             "",
         ]
@@ -156,6 +166,11 @@ def _sent_by(one: Environment, verdict: str) -> list[str]:
     return lines + ([f"    ip6 saddr {one.subnet6} {verdict}"] if one.subnet6 else [])
 
 
+def _to(one: Environment, verdict: str) -> list[str]:
+    lines = [f"    ip daddr {one.subnet} {verdict}"]
+    return lines + ([f"    ip6 daddr {one.subnet6} {verdict}"] if one.subnet6 else [])
+
+
 def _drop(what: str) -> str:
     return f'counter drop comment "{what}"'
 
@@ -172,8 +187,7 @@ def _others(one: Environment) -> list[str]:
     return [
         "",
         f"  chain others_of_{one.name} {{",
-        f"    ip daddr {one.subnet} accept",
-        *([f"    ip6 daddr {one.subnet6} accept"] if one.subnet6 else []),
+        *_to(one, "accept"),
         f"    ip daddr @environments4 {_drop('to another environment')}",
         f"    ip6 daddr @environments6 {_drop('to another environment')}",
         "  }",
@@ -182,23 +196,24 @@ def _others(one: Environment) -> list[str]:
 
 def _from(one: Environment) -> list[str]:
     """All that an environment sends: first whom it may never reach, then what its egress says."""
-    never = [f"    jump others_of_{one.name}"]
+    never, passes = [f"    jump others_of_{one.name}"], "accept"
     if one.tier is not Tier.PROTECTED:
+        passes = f"goto {_tracked(one.name)}"
         # Before the rest: a gateway address of its own networks is an address of the host.
-        never.insert(0, f"    fib daddr type local {_drop('to the host')}")
+        never = [f"    fib daddr type local {_drop('to the host')}", *_to(one, passes), *never]
     # Within a bridge these pass here too, where the kernel filters bridged packets; the host's own ear is `arrived`.
-    within = "    fib daddr type { broadcast, multicast } accept"
-    return ["", f"  chain from_{one.name} {{", *never, within, *_egress(one), "  }"]
+    within = f"    fib daddr type {{ broadcast, multicast }} {passes}"
+    return ["", f"  chain from_{one.name} {{", *never, within, *_egress(one, passes), "  }"]
 
 
-def _egress(one: Environment) -> list[str]:
+def _egress(one: Environment, passes: str) -> list[str]:
     if one.egress is None:
-        return ["    accept"]
+        return [f"    {passes}"]
     local = _metadata()
     # Its own name servers are all that a container needs of a private network to find what it may reach.
-    names = _resolvers("accept") if one.egress != (NO_EGRESS,) else []
+    names = _resolvers(passes) if one.egress != (NO_EGRESS,) else []
     listed = [
-        f"    {'ip6' if isinstance(to, IPv6Network) else 'ip'} daddr {to} accept"
+        f"    {'ip6' if isinstance(to, IPv6Network) else 'ip'} daddr {to} {passes}"
         for to in one.egress
         if isinstance(to, IPv4Network | IPv6Network)
     ]
@@ -210,7 +225,7 @@ def _egress(one: Environment) -> list[str]:
         *listed,
         f"    ip daddr @private4 {_drop('to private networks')}",
         f"    ip6 daddr @private6 {_drop('to private networks')}",
-        "    accept",
+        f"    {passes}",
     ]
 
 
@@ -220,6 +235,29 @@ def _metadata() -> list[str]:
         f"    ip daddr {LINK_LOCAL4} {_drop('to link-local addresses')}",
         f"    ip daddr {METADATA4} {_drop('to metadata addresses')}",
         f"    ip6 daddr {LINK_LOCAL6} {_drop('to link-local addresses')}",
+    ]
+
+
+def _tracked(name: str) -> str:
+    return f"tracked_of_{name}"
+
+
+def _counted(name: str, share: int) -> list[str]:
+    """What is accepted, within a share of the one table of connections that all of the host is tracked in.
+
+    `ct count` leaves out TCP connections that are closed, which stay in the table for 120 s more
+    (nf_conntrack_tcp_timeout_time_wait), and for a moment counts what is dropped here. So there is a rate too, and it
+    comes first. Together they are at most share/16 open + share/8 at once + 120 s of share/160, below the share.
+    """
+    rate = f"limit rate over {max(1, share // 160)}/second burst {max(1, share // 8)} packets"
+    return [
+        "",
+        f"  chain {_tracked(name)} {{",
+        "    ct status confirmed accept",
+        f"    ct state new {rate} {_drop('too many new connections')}",
+        f"    ct state new ct count over {max(1, share // 16)} {_drop('too many open connections')}",
+        "    accept",
+        "  }",
     ]
 
 
@@ -237,7 +275,10 @@ def scripts(table: str) -> tuple[str, str]:
         "}\n"
         f"cat > {FILE}.new <<'TABLE'\n{table}TABLE\n"
         'sed -i -e "s/@RESOLVERS4@/$(resolvers 0)/" -e "s/@RESOLVERS6@/$(resolvers 1)/" ' + f"{FILE}.new\n"
-        f"nft --check --file {FILE}.new\n"
+        f"nft --check --file {FILE}.new || {{\n"
+        "  echo 'nft refuses the table, so what was in force before stays. If the kernel does not know something that"
+        " is underlined above: modprobe -a nft_connlimit nft_fib_inet nft_limit nft_ct' >&2\n"
+        "  exit 1\n}\n"
         f"mv {FILE}.new {FILE}\n"
     )
     create += (

@@ -31,7 +31,12 @@ def build() -> None:
     boot = BOOT_ID.read_text().strip() if facts.local and not SYSTEMD.exists() else ""
     firewall = Firewall(
         "firewall",
-        FirewallArgs(environments=list(ledger.environments.values()), host=facts.address, boot=boot),
+        FirewallArgs(
+            environments=list(ledger.environments.values()),
+            connections=facts.connections and facts.connections[1],
+            host=facts.address,
+            boot=boot,
+        ),
         opts=pulumi.ResourceOptions(providers=[provider]),
     )
     slices: dict[str, Slice] = {}

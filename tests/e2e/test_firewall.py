@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 
 from cli.agent import Agent
-from components.firewall import ruleset
+from components.firewall import CONNECTIONS, ruleset
+from host import verify
 from settings.ledger import Egress, Environment, Tier
 from tests.deployed import CHECKOUT
 
 pytestmark = pytest.mark.e2e
 
 MARK = f"bh{os.getpid()}"
-HOST, WORLD = f"{MARK}-host", f"{MARK}-world"
-PORT, DNS = 8080, 53
+HOST, WORLD, NEIGHBOUR = f"{MARK}-host", f"{MARK}-world", f"{MARK}-neighbour"
+PORT, DNS, CLOSED = 8080, 53, 9
 RESOLVER = "the host's name server"
 WORLD_ADDRESSES = {
     "internet": "198.51.100.10",
@@ -73,7 +74,7 @@ def inside(namespace: str, *words: str, stdin: str = "") -> str:
 @pytest.fixture(scope="module")
 def network() -> Iterator[None]:
     """The namespaces, with a listener in each; all of it is gone afterwards."""
-    spaces = [HOST, WORLD, *(f"{MARK}-{name}" for name in CONTAINERS)]
+    spaces = [HOST, WORLD, NEIGHBOUR, *(f"{MARK}-{name}" for name in CONTAINERS)]
     listeners: list[subprocess.Popen[bytes]] = []
     try:
         for space in spaces:
@@ -133,6 +134,11 @@ def _wired() -> None:
                 ip("address", "add", f"{form.format(1)}/{length}", "dev", bridge, where=HOST)
                 ip("address", "add", f"{form.format(2)}/{length}", "dev", "eth0", where=space)
                 ip("route", "add", "default", "via", form.format(1), where=space)
+    # Another container of dev's, on the same bridge.
+    ip("link", "add", "v-neighbour", "type", "veth", "peer", "name", "eth0", "netns", NEIGHBOUR, where=HOST)
+    ip("link", "set", "v-neighbour", "master", "dev-x", "up", where=HOST)
+    ip("link", "set", "eth0", "up", where=NEIGHBOUR)
+    ip("address", "add", "10.92.1.3/24", "dev", "eth0", where=NEIGHBOUR)
     ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", WORLD, where=HOST)
     for space, own in (
         (HOST, ("192.0.2.1/24", "2001:db8:ffff::1/64")),
@@ -149,7 +155,7 @@ def _wired() -> None:
         ip("route", "add", "default", "via", here, where=there)
 
 
-def loaded(egress: Mapping[str, Egress | None] | None) -> None:
+def loaded(egress: Mapping[str, Egress | None] | None, connections: int = CONNECTIONS) -> None:
     """Loads the table of three environments, of which these have such an egress; none for None."""
     inside(HOST, "nft", "flush", "ruleset")
     if egress is None:
@@ -165,7 +171,7 @@ def loaded(egress: Mapping[str, Egress | None] | None) -> None:
         for name, (four, six) in SUBNETS.items()
     ]
     resolver = f"elements = {{ {WORLD_ADDRESSES[RESOLVER]} }};"
-    text = ruleset(environments).replace("@RESOLVERS4@", resolver).replace("@RESOLVERS6@", "")
+    text = ruleset(environments, connections).replace("@RESOLVERS4@", resolver).replace("@RESOLVERS6@", "")
     inside(HOST, "nft", "--file", "-", stdin=text)
 
 
@@ -337,12 +343,99 @@ def test_the_host_is_not_reached_by_its_link_local_address(source: str, network:
     assert dropped("arrived", "link-local IPv6 to the host") == 1
 
 
+# Of so small a table each share is of 96: 6 connections open, 12 new ones at once.
+SMALL, OPEN, AT_ONCE = 768, 6, 12
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "port", "chain"),
+    [
+        ("dev", WORLD_ADDRESSES["internet"], PORT, "dev"),
+        ("dev", WORLD_ADDRESSES["internet, IPv6"], PORT, "dev"),
+        ("dev", WORLD_ADDRESSES[RESOLVER], DNS, "dev"),
+        ("dev", WORLD_ADDRESSES["private network"], PORT, "dev"),
+        ("dev", "10.92.1.3", PORT, "dev"),
+        ("dev", "link-local", PORT, "link_local"),
+        ("build", WORLD_ADDRESSES["internet"], PORT, "default_bridge"),
+        ("build", WORLD_ADDRESSES[RESOLVER], DNS, "default_bridge"),
+    ],
+    ids=["internet", "IPv6", "DNS", "a listed network", "its own bridge", "link-local", "builds", "DNS of builds"],
+)
+def test_connections_beyond_an_environments_share_are_dropped_and_those_within_it_go_on(
+    source: str, to: str, port: int, chain: str, network: None
+) -> None:
+    loaded({"dev": ("internet", ip_network("192.168.77.0/28")), "staging": ("internet",)}, SMALL)
+    before = inside(HOST, "nft", "--stateless", "list", "table", "inet", "bulkhead")
+    to = link_local(NEIGHBOUR, "eth0") if to == "link-local" else to
+    assert answered(source, to, OPEN + 2, port) == list(range(OPEN))
+    assert dropped(f"tracked_of_{chain}", "too many open connections") == 2
+    # It is counted without a change of the table, which the agent compares.
+    after = inside(HOST, "nft", "--stateless", "list", "table", "inet", "bulkhead")
+    assert not list(verify.firewall("inet bulkhead", before, after))
+
+
+def test_a_share_is_of_all_that_an_environment_opens_and_of_nobody_else(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)}, SMALL)
+    assert len(answered("dev", WORLD_ADDRESSES["internet"], OPEN // 2)) == OPEN // 2
+    assert len(answered("dev", WORLD_ADDRESSES["internet, IPv6"], OPEN // 2)) == OPEN // 2
+    for to in (WORLD_ADDRESSES["internet"], WORLD_ADDRESSES["internet, IPv6"], "10.92.1.3"):
+        assert answered("dev", to, 1) == []
+    for others in ("staging", "build"):
+        assert len(answered(others, WORLD_ADDRESSES["internet"], OPEN)) == OPEN
+    assert len(answered("prod", WORLD_ADDRESSES["internet"], 2 * AT_ONCE)) == 2 * AT_ONCE
+
+
+def test_connections_that_are_closed_again_at_once_have_a_rate(network: None) -> None:
+    """They stay in the kernel's table for a while, where `ct count` does not see them."""
+    loaded({"dev": ("internet",), "staging": ("internet",)}, SMALL)
+    script = """
+import sys, time
+from host.probe import tcp
+print(*(time.sleep(0.02) or tcp(sys.argv[1], int(sys.argv[2])) for _ in range(int(sys.argv[3]))), sep="\\n")
+"""
+    to = (WORLD_ADDRESSES["internet"], str(CLOSED), str(AT_ONCE + 3))
+    said = inside(f"{MARK}-dev", sys.executable, "-c", script, *to).splitlines()
+    assert said[:AT_ONCE] == ["refused"] * AT_ONCE
+    assert "no answer" in said[AT_ONCE:]  # one more may pass each second
+    assert dropped("tracked_of_dev", "too many new connections") >= 1
+    assert dropped("tracked_of_dev", "too many open connections") == 0
+
+
+SEND = """
+import socket, sys
+one = None
+for number in range(int(sys.argv[3])):
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM) if number == 0 or sys.argv[4] == "new" else one
+    one.sendto(b"x", (sys.argv[1], int(sys.argv[2])))
+"""
+
+
+def test_what_is_sent_to_many_is_counted_too_and_a_stream_that_nobody_answers_once(network: None) -> None:
+    loaded({"dev": ("internet",), "staging": ("internet",)}, SMALL)
+    stream = (WORLD_ADDRESSES["internet"], str(CLOSED), str(2 * AT_ONCE), "same")
+    inside(f"{MARK}-dev", sys.executable, "-c", SEND, *stream)
+    assert dropped("tracked_of_dev", "too many new connections") == 0
+    inside(f"{MARK}-dev", sys.executable, "-c", SEND, "239.1.2.3", str(PORT), str(OPEN + 1), "new")
+    assert dropped("tracked_of_dev", "too many open connections") == 2
+
+
 def test_an_environment_may_have_any_name(network: None) -> None:
     """A bridge's name has 15 bytes at most, an environment's 31."""
     named = {"a" * length: IPv4Network(f"10.{length}.0.0/16") for length in (1, 13, 14, 15, 31)}
     text = ruleset([Environment(name=name, tier=Tier.BEST_EFFORT, subnet=subnet) for name, subnet in named.items()])
     inside(HOST, "nft", "--check", "--file", "-", stdin=text.replace("@RESOLVERS4@", "").replace("@RESOLVERS6@", ""))
     assert {one for one in re.findall('iifname "(a.*?)"', text)} == {"a-*", "a" * 13 + "-*", "a" * 14 + "-"}
+
+
+@pytest.mark.parametrize("connections", [CONNECTIONS, 262_144, 1_000_000])
+@pytest.mark.parametrize("others", [0, 1, 5])
+def test_all_shares_together_are_below_half_of_the_hosts_table(connections: int, others: int) -> None:
+    names = ["dev", *(f"other-{number}" for number in range(others))]
+    text = ruleset([Environment(name=name, tier=Tier.BEST_EFFORT, subnet=SUBNET) for name in names], connections)
+    limits = re.findall(r"rate over (\d+)/second burst (\d+) packets.*\n.*count over (\d+) ", text)
+    assert len(limits) == len(names) + 2
+    assert sum(120 * int(rate) + int(burst) + int(most) for rate, burst, most in limits) < connections // 2
+    assert all(int(most) <= 4096 for *_, most in limits)
 
 
 def test_the_table_replaces_itself_as_one_and_touches_no_other(network: None) -> None:
@@ -378,6 +471,16 @@ def test_the_file_of_a_host_names_its_own_name_servers(tmp_path: Path, network: 
     inside(HOST, "sh", "-eu", "-c", script)
     assert "elements = { 192.168.77.53 };" in file.read_text()
     assert "elements = { fd00::53 };" in file.read_text()
+    assert "table inet bulkhead" in inside(HOST, "nft", "list", "tables")
+    # The kernel's module may be missing: nothing goes on without it, and what was in force stays.
+    nft = tmp_path / "nft"
+    nft.write_text("#!/bin/sh\n! grep 'ct count' \"$3\" >&2\n")
+    nft.chmod(0o755)
+    refused = subprocess.run(
+        ["sh", "-eu", "-c", f"PATH={tmp_path}:$PATH\n{script}"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0
+    assert "modprobe -a nft_connlimit" in refused.stderr
     assert "table inet bulkhead" in inside(HOST, "nft", "list", "tables")
     inside(HOST, "sh", "-eu", "-c", redirected[1])
     assert not file.exists()

@@ -114,6 +114,7 @@ def firewall(ran: Ran) -> None:
     script = ran.all(COMMAND)["firewall-table-local"]["create"]
     assert "ip saddr 10.82.0.0/16 jump from_dev" in script
     assert "nft --check --file" in script
+    assert f"ct count over {262_144 // 2 // 3 // 16} " in script
 
 
 def agent(ran: Ran) -> None:
@@ -301,6 +302,7 @@ FACTS = HostFacts(
     systemd=252,
     controllers=frozenset({"cpu", "memory", "pids", "io"}),
     recursive_memory=True,
+    connections=(1000, 262_144),
     device=Disk(number="8:0", name="sda", size=10**12, schedulers=("mq-deadline",)),
 )
 
