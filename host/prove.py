@@ -33,7 +33,7 @@ ENGINE = "see that the engine answers: docker info"
 SECONDS = 300
 LISTENS_SECONDS = 30
 AT_A_TIME = min(8, 2 * (os.cpu_count() or 1))  # starting a container takes CPU: more only wait for each other
-PORTS_AT_MOST = 64  # of one address; what listens beyond it is named as not tried
+PORTS_AT_MOST = 1024  # of one address: a quarter of a minute, if all are blocked. More are told as not tried
 CLOSED = 9  # discard: nothing listens there, so a refusal shows that the packet arrived
 
 BLOCKED, WORKS = "blocked", "works"
@@ -41,6 +41,7 @@ STOPPED = re.compile(
     r"no answer|unreachable|denied|not there|not found|not seen|only its own|.*refused \(EAGAIN\)|.*killed"
 )
 NOT_TRIED = "not tried: the probe did not say"
+TOO_MANY = "not tried: too many listen there. Next step: stop what opened them, then make prove"
 PASSED = re.compile(r"connected|answered|resolved")
 
 # Open for writing, they are a way out of the container: a program of the container's that the host runs, the host's
@@ -87,7 +88,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Way:
-    """A path to be tried from one network."""
+    """A path to be tried from one network; one without a `kind` is told and not tried."""
 
     path: str
     target: str
@@ -251,12 +252,17 @@ def containers(declared: Mapping[str, Any]) -> list[Container]:
                     )
                 ),
                 addresses=tuple(addresses(attached.values())),
-                tcp=tuple(sorted({port for kind, _, port in listening if kind == "tcp"}))[:PORTS_AT_MOST],
-                udp=tuple(sorted({port for kind, _, port in listening if kind == "udp"}))[:PORTS_AT_MOST],
+                tcp=ports("tcp", listening),
+                udp=ports("udp", listening),
                 networks=tuple(attached),
             )
         )
     return found
+
+
+def ports(kind: str, listening: Iterable[tuple[str, str, int]]) -> tuple[int, ...]:
+    """The ports of TCP or UDP among sockets, on whatever address they listen."""
+    return tuple(sorted({port for one, _, port in listening if one == kind}))
 
 
 def addresses(attached: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -308,8 +314,7 @@ class Host:
         gateways |= {gateway: one.name for one in ours for gateway in one.gateways}
         listening = sockets(Path("/proc/net"))
         # What listens on the host's loopback only is tried too: a gateway must not lead there either.
-        ports = {kind: sorted({port for one, _, port in listening if one == kind}) for kind in ("tcp", "udp")}
-        return cls(gateways, tuple(ports["tcp"][:PORTS_AT_MOST]), tuple(ports["udp"][:PORTS_AT_MOST]))
+        return cls(gateways, ports("tcp", listening), ports("udp", listening))
 
 
 def told_gateways(network: Mapping[str, Any]) -> list[str]:
@@ -518,10 +523,17 @@ def tried(
         *out_of_container(),
         *to_named(options.named),
     ]
-    results = asked(source.sender, [{"kind": one.kind, "with": dict(one.given)} for one in wanted])
+    results = iter(asked(source.sender, [{"kind": one.kind, "with": dict(one.given)} for one in wanted if one.kind]))
     return [
-        Proof(source.environment, source.name, one.path, one.target, one.expected, _said(one, result))
-        for one, result in zip(wanted, results, strict=True)
+        Proof(
+            source.environment,
+            source.name,
+            one.path,
+            one.target,
+            one.expected,
+            _said(one, next(results)) if one.kind else TOO_MANY,
+        )
+        for one in wanted
     ]
 
 
@@ -554,13 +566,7 @@ def to_others(source: Network, networks: Sequence[Network], running: Sequence[Co
         if one.environment == source.environment:
             continue
         for address in one.addresses:
-            target = f"{one.name} ({address})"
-            for port in (*one.tcp, CLOSED):
-                yield Way("container, TCP", f"{target}, port {port}", "tcp", {"to": address, "port": port})
-            for port in (*one.udp, CLOSED):
-                given = {"to": address, "port": port, "token": "x"}
-                yield Way("container, UDP", f"{target}, port {port}", "udp", given)
-            yield Way("container, ICMP", target, "icmp", {"to": address, "token": "x"})
+            yield from to_address("container", f"{one.name} ({address})", address, one)
         for name in one.names:
             yield Way(
                 "name of a container", f"{name} of {one.environment}", "name", {"of": name}, foreign=one.addresses
@@ -577,6 +583,17 @@ def to_others(source: Network, networks: Sequence[Network], running: Sequence[Co
             yield Way("container, ICMP", target, "icmp", {"to": address, "token": mark})
 
 
+def to_address(what: str, target: str, address: str, listening: Container | Host) -> Iterator[Way]:
+    """What listens at an address, a closed port, ICMP."""
+    for protocol, found, token in (("tcp", listening.tcp, {}), ("udp", listening.udp, {"token": "x"})):
+        path = f"{what}, {protocol.upper()}"
+        for port in (*found[:PORTS_AT_MOST], CLOSED):
+            yield Way(path, f"{target}, port {port}", protocol, {"to": address, "port": port, **token})
+        if found[PORTS_AT_MOST:]:
+            yield Way(path, f"{target}, {len(found) - PORTS_AT_MOST} more ports", "", {})
+    yield Way(f"{what}, ICMP", target, "icmp", {"to": address, "token": "x"})
+
+
 def to_host(source: Network, host: Host, declared: Mapping[str, Any], named: Named) -> Iterator[Way]:
     """The host by the gateway address of every bridge: what listens there, a closed port, UDP, ICMP, IPv6.
 
@@ -588,12 +605,7 @@ def to_host(source: Network, host: Host, declared: Mapping[str, Any], named: Nam
     targets = {**host.gateways, **dict.fromkeys(named.outward, "the host's own address")}
     for address, network in sorted(targets.items()):
         whose = "its own network" if address in source.gateways else network
-        for port in (*host.tcp, CLOSED):
-            yield Way("host, TCP", f"{address} ({whose}), port {port}", "tcp", {"to": address, "port": port})
-        for port in (*host.udp, CLOSED):
-            given = {"to": address, "port": port, "token": "x"}
-            yield Way("host, UDP", f"{address} ({whose}), port {port}", "udp", given)
-        yield Way("host, ICMP", f"{address} ({whose})", "icmp", {"to": address, "token": "x"})
+        yield from to_address("host", f"{address} ({whose})", address, host)
 
 
 def out_of_container() -> Iterator[Way]:

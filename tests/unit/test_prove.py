@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,47 @@ def test_the_host_is_tried_by_every_gateway_and_port_and_named_addresses_only() 
     assert ("host, ICMP", "192.0.2.1 (the host's own address)") in tried
     assert not [target for _, target in (way[:2] for way in tried) if "192.0.2" in target and "host" not in target]
     assert list(to_host(PROD, HOST, DECLARED, Named())) == []
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_ports_beyond_what_is_tried_of_one_address_are_told_and_never_as_expected(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many: dict[str, Any] = {protocol: tuple(range(10, prove.PORTS_AT_MOST + 13))}
+    wanted: list[Any] = []
+
+    def asked(_: str, given: list[Any]) -> list[str]:
+        wanted.extend(given)
+        return ["no answer"] * len(given)
+
+    monkeypatch.setattr(prove, "asked", asked)
+    monkeypatch.setattr(prove, "out_of_container", lambda: [])
+    host = replace(HOST, gateways={"10.82.1.1": "dev-backend"}, **many)
+    proofs = prove.tried(DEV, [DEV, PROD], [replace(DATABASE, **many)], host, DECLARED, prove.Options())
+    left = {(one.path, one.target): one for one in proofs if one.observed == prove.TOO_MANY}
+    assert set(left) == {
+        (f"container, {protocol.upper()}", "prod-db-1 (10.81.1.3), 3 more ports"),
+        (f"host, {protocol.upper()}", "10.82.1.1 (its own network), 3 more ports"),
+    }
+    assert not any(one.ok for one in left.values())
+    assert len(wanted) == len(proofs) - 2
+    tried = [one["with"]["port"] for one in wanted if one["kind"] == protocol and one["with"]["to"] == "10.81.1.3"]
+    assert tried == [*many[protocol][: prove.PORTS_AT_MOST], prove.CLOSED]
+
+
+def test_all_that_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too much is told where it is tried, not left out where it is found."""
+    many = range(1, 2 * prove.PORTS_AT_MOST)
+    monkeypatch.setattr(prove, "sockets", lambda _: {(kind, "::", port) for kind in ("tcp", "udp") for port in many})
+    monkeypatch.setattr(prove, "ask", lambda *_: "[]")
+    monkeypatch.setattr(prove, "listed", lambda *_: ["id"])
+    monkeypatch.setattr(prove, "inspected", lambda *_: [])
+    host = Host.of([])
+    labels = {"Labels": {prove.ENVIRONMENT: "dev"}}
+    told = {"Name": "/dev-api-1", "Config": labels, "NetworkSettings": {"Networks": {}}, "State": {"Pid": 1}}
+    monkeypatch.setattr(prove, "inspected", lambda *_: [told])
+    (container,) = prove.containers(DECLARED)
+    assert host.tcp == host.udp == container.tcp == container.udp == tuple(many)
 
 
 def test_what_must_work_is_tried_in_every_network() -> None:
