@@ -92,6 +92,7 @@ def declaration(
         }
         | ({"socket": facts.address} if facts.local else {}),
         "agent": {"verbs": list(VERBS)},
+        "outward": ledger.outward,
         "environments": {
             name: {
                 "tier": str(one.tier),

@@ -17,7 +17,7 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,8 @@ def print_table(proofs: Sequence[Proof]) -> None:
 
 def prove(places: Places, options: Options) -> list[Proof]:
     """Every path, tried. `Undecided` when there is nothing to try from, or the engine does not answer."""
-    declared = read_json(places.declared / "host.json")["environments"]
+    document = read_json(places.declared / "host.json")
+    declared = document["environments"]
     chosen = [name for name in declared if not options.environments or name in options.environments]
     with probes(declared, options) as (networks, untried):
         sources = [one for one in networks if one.environment in chosen]
@@ -200,6 +201,9 @@ def prove(places: Places, options: Options) -> list[Proof]:
             raise Undecided("no network of an environment is there to try from. Next step: make up")
         running = containers(declared)
         host = Host.of(networks)
+        if document.get("outward"):
+            named = replace(options.named, outward=(*options.named.outward, *host.own))
+            options = replace(options, named=named)
         with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
             made = pool.map(lambda one: tried(one, networks, running, host, declared, options), sources)
             proofs = [*(one for one in untried if one.environment in chosen), *(one for found in made for one in found)]
@@ -298,11 +302,12 @@ def _address(text: str) -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """The host's side: gateway addresses of every bridge, and what listens on the host."""
+    """The host's side: gateway addresses of every bridge, what listens on the host, and its `own` other addresses."""
 
     gateways: Mapping[str, str]  # address to the network's name
     tcp: tuple[int, ...]
     udp: tuple[int, ...]
+    own: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, ours: Sequence[Network]) -> "Host":
@@ -314,7 +319,9 @@ class Host:
         gateways |= {gateway: one.name for one in ours for gateway in one.gateways}
         listening = sockets(Path("/proc/net"))
         # What listens on the host's loopback only is tried too: a gateway must not lead there either.
-        return cls(gateways, ports("tcp", listening), ports("udp", listening))
+        shown = [info for one in interfaces for info in one["addr_info"] if info.get("scope") == "global"]
+        own = tuple(dict.fromkeys(info["local"] for info in shown if info["local"] not in gateways))
+        return cls(gateways, ports("tcp", listening), ports("udp", listening), own)
 
 
 def told_gateways(network: Mapping[str, Any]) -> list[str]:

@@ -262,6 +262,7 @@ class Ledger(Frozen):
 
     file: str
     host: str | None
+    outward: bool = False
     capacity: Capacity
     system: Budget
     environments: Mapping[str, Environment]
@@ -341,18 +342,20 @@ def _environment_name(name: str) -> str:
 
 
 KEYS: Mapping[str, str] = {
-    f"bulkhead:{name}": name for name in ("host", "capacity", "system", "environments", "backup", "exempt")
+    f"bulkhead:{name}": name for name in ("host", "outward", "capacity", "system", "environments", "backup", "exempt")
 }
 
 
 class LedgerSettings(Frozen):
     """The ledger as written; `resolve` makes it absolute. `folder`: where its file is, which is the checkout.
 
-    `backup`: where backups go. `exempt`: exemptions from policies that judge the ledger itself.
+    `outward`: each proof also tries the host's addresses that are on no bridge of the engine, as those that the
+    internet knows. `backup`: where backups go. `exempt`: exemptions from policies that judge the ledger itself.
     """
 
     file: str = "Pulumi.host.yaml"
     host: str | None = None
+    outward: bool = False
     capacity: CapacitySettings = CapacitySettings()
     system: Shares = Shares()
     environments: Mapping[Annotated[str, AfterValidator(_environment_name)], EnvironmentShares] = Field(min_length=1)
@@ -434,6 +437,7 @@ class LedgerSettings(Frozen):
         ledger = Ledger(
             file=self.file,
             host=self.host,
+            outward=self.outward,
             capacity=Capacity(cpus=whole["cpus"] / NANO, memory=whole["memory"], disk=whole["disk"]),
             system=_budget(self.system, whole),
             environments={

@@ -121,6 +121,7 @@ def agent(ran: Ran) -> None:
     script = ran.all(COMMAND)["agent-program-local"]["create"]
     assert "/usr/local/lib/bulkhead/host.pyz" in script
     assert '"cgroup_parent": "/bulkhead-dev"' in script
+    assert '"outward": false' in script
 
 
 def promises(ran: Ran) -> None:

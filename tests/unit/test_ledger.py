@@ -62,6 +62,11 @@ def test_percentages_become_amounts_of_the_asked_capacity(tmp_path: Path) -> Non
     assert resolved.host is None
 
 
+def test_the_hosts_outward_addresses_are_tried_only_where_it_is_written(tmp_path: Path) -> None:
+    assert not ledger(VALID, tmp_path).outward
+    assert ledger(f"{VALID}  bulkhead:outward: true\n", tmp_path).outward
+
+
 def test_declared_capacity_is_not_asked_for(tmp_path: Path) -> None:
     written = settings(VALID.replace("capacity: {}", "capacity: {cpus: 2.5, memory: 4GiB}"), tmp_path)
     assert written.missing_capacity == {"disk"}

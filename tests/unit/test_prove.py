@@ -1,10 +1,12 @@
 """The prover's judgements, without a machine: which observations are a stop, which a passage, and what is tried.
 That each path is really tried, and really turns red when it is open, is shown on a deployment (e2e)."""
 
+import json
 import socket
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from host import probe, prove
-from host.machine import Undecided
+from host.machine import Places, Undecided
 from host.prove import (
     BLOCKED,
     WORKS,
@@ -147,6 +149,43 @@ def test_all_that_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prove, "inspected", lambda *_: [told])
     (container,) = prove.containers(DECLARED)
     assert host.tcp == host.udp == container.tcp == container.udp == tuple(many)
+
+
+INTERFACES = [
+    {
+        "ifname": "eth0",
+        "addr_info": [{"local": "203.0.113.7", "scope": "global"}, {"local": "fe80::1", "scope": "link"}],
+    },
+    {"ifname": "lo", "addr_info": [{"local": "127.0.0.1", "scope": "host"}]},
+    {"ifname": "br-0123456789ab", "addr_info": [{"local": "10.82.1.1", "scope": "global"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [({"outward": True}, ("192.0.2.1", "203.0.113.7")), ({"outward": False}, ("192.0.2.1",)), ({}, ("192.0.2.1",))],
+)
+def test_the_hosts_outward_addresses_are_tried_where_the_ledger_says_so(
+    document: dict[str, Any], expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, ...]] = []
+
+    def tried(*words: Any) -> list[Proof]:
+        given.append(words[-1].named.outward)
+        return []
+
+    @contextmanager
+    def probes(*_: object) -> Iterator[tuple[list[Network], list[Proof]]]:
+        yield [DEV], []
+
+    monkeypatch.setattr(prove, "read_json", lambda _: {"environments": DECLARED, **document})
+    monkeypatch.setattr(prove, "ask", lambda *_: json.dumps(INTERFACES))
+    for name, value in (("probes", probes), ("tried", tried), ("arrivals", lambda *_: [])):
+        monkeypatch.setattr(prove, name, value)
+    for name in ("containers", "listed", "inspected"):
+        monkeypatch.setattr(prove, name, lambda *_: [])
+    prove.prove(Places(tmp_path), prove.Options(Named(outward=("192.0.2.1",))))
+    assert given == [expected]
 
 
 def test_what_must_work_is_tried_in_every_network() -> None:
