@@ -274,6 +274,7 @@ def metrics(state: State, declared: Sequence[Job]) -> str:
         ("size_bytes", "Of the last backup.", "size"),
         ("added_bytes", "That were new in the last backup.", "added"),
         ("seconds", "That the last backup took.", "seconds"),
+        ("wal_seconds", "That it took to bring the last WAL into the targets.", "wal_seconds"),
         ("rto_seconds", "That the last drill took until the service answered.", "rto"),
         ("rpo_seconds", "That the last drill's data was old.", "rpo"),
     )
@@ -287,6 +288,30 @@ def metrics(state: State, declared: Sequence[Job]) -> str:
 
 
 # --- running
+
+
+class Phases:
+    """How long each phase of a run took, in seconds: one goes on until the next begins, and what comes again adds up.
+
+    A backup's: `server` (what is asked of it), `rows` (counted), `save` (its checkpoint included), `copy` (into further
+    targets), `forget`. A restore's, of PostgreSQL: `prepare`, `unpack`, `WAL` (fetched), `recovery`, `rows`, `verify`,
+    `stop`, `exchange`; of Redis `load`, of a masked copy `mask`, of a drill `check`.
+    """
+
+    def __init__(self, first: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._since = first, time.monotonic()
+
+    def begin(self, name: str) -> None:
+        now = time.monotonic()
+        took = self.seconds.get(self._name, 0.0) + now - self._since
+        self.seconds[self._name] = round(took, 3)
+        self._name, self._since = name, now
+
+    def ended(self) -> dict[str, float]:
+        """All of them, the one that goes on included."""
+        self.begin(self._name)
+        return self.seconds
 
 
 @contextmanager
@@ -339,9 +364,10 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
     known, started = state.of(job), time.time()
     known["last_attempt"] = started
     record: dict[str, Any] = {"job": job.key, "kind": "backup", "start": started}
+    phases = Phases("server")
     say(f"{job.key}: backing up")
     try:
-        snapshot = saved(job, hurry=hurry)
+        snapshot = saved(job, phases, hurry=hurry)
         before = known.get("size")
         shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
         known |= {
@@ -363,24 +389,27 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
         known |= {"failures": known["failures"] + 1, "error": said_of(error)}
         record["error"] = said_of(error)
         say(f"{job.key}: FAILED: {said_of(error)}")
-    record["end"] = time.time()
+    record |= {"end": time.time(), "phases": phases.ended()}
     state.record(record)
     return "error" not in record
 
 
-def saved(job: Job, *, hurry: bool) -> Snapshot:
+def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
     """Takes the backup: into the first target from the source, into the others from there. That restic can where one
     of two needs credentials only, so a second bucket gets a backup of its own."""
     targets = job.targets
     if not targets:
         raise BackupError(f"{job.key}: no target. Next step: name one under bulkhead:backup in Pulumi.host.yaml")
     first, *others = targets
-    snapshot = TAKE[job.engine](job, first, hurry)
+    snapshot = TAKE[job.engine](job, first, hurry, phases)
     for other in others:
         if first.variables and other.variables != first.variables:
-            TAKE[job.engine](job, other, hurry)
+            phases.begin("server")
+            TAKE[job.engine](job, other, hurry, phases)
         else:
+            phases.begin("copy")
             other.copy_from(first, snapshot.id)
+    phases.begin("forget")
     for repository in targets:
         prune(job, repository)
     return snapshot
@@ -413,7 +442,7 @@ def prune_states(repository: Repository) -> None:
     repository.forget({"last": STATES_KEPT}, "kind:state")
 
 
-def take_postgres(job: Job, repository: Repository, hurry: bool) -> Snapshot:
+def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases) -> Snapshot:
     """A base backup with all the WAL that it needs, and the rows that every table had just before."""
     server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
     if job.wal:
@@ -422,30 +451,34 @@ def take_postgres(job: Job, repository: Repository, hurry: bool) -> Snapshot:
         "at": time.time(),
         "history": history(job, server)[0],
         "position": server.position(),
-        "rows": engines.counted(server.query, engines.COUNT_SECONDS),
     }
+    phases.begin("rows")
+    facts["rows"] = engines.counted(server.query, engines.COUNT_SECONDS)
+    phases.begin("save")
     return repository.save_stream(
         server.base(hurry=hurry), "base.tar", restic.tags(job.name, "base", facts), LIMIT_SECONDS
     )
 
 
-def take_redis(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
+def take_redis(job: Job, repository: Repository, _hurry: bool, phases: Phases) -> Snapshot:
     server = Redis(job.container())
     command, variables = server.snapshot()
     facts = server.facts(job.volume) | {"at": time.time()}
     tags = restic.tags(job.name, "base", facts)
+    phases.begin("save")
     return repository.save_stream(command, "dump.rdb", tags, LIMIT_SECONDS, variables)
 
 
-def take_files(job: Job, repository: Repository, _hurry: bool) -> Snapshot:
+def take_files(job: Job, repository: Repository, _hurry: bool, phases: Phases) -> Snapshot:
     before, after = job.declared.get("before"), job.declared.get("after")
     container = job.container() if before or after else None
     with engines.quiet(container, before, after):
         tags = restic.tags(job.name, "base", {"engine": "files", "at": time.time()})
+        phases.begin("save")
         return repository.save_folder(engines.mountpoint(job.volume), tags)
 
 
-TAKE: Mapping[str, Callable[[Job, Repository, bool], Snapshot]] = {
+TAKE: Mapping[str, Callable[[Job, Repository, bool, Phases], Snapshot]] = {
     "postgres": take_postgres,
     "redis": take_redis,
     "files": take_files,
@@ -482,7 +515,7 @@ def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], N
                 facts = {"engine": "postgres", "at": started, "position": position, "history": name}
                 repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
             known["unsaved"].remove(repository.url)
-        known |= {"wal_at": started, "wal_error": None}
+        known |= {"wal_at": started, "wal_error": None, "wal_seconds": round(time.time() - started, 3)}
     except Exception as error:
         known |= {"wal_error": said_of(error)}
         say(f"{job.key}: WAL: FAILED: {said_of(error)}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from host import engines
 from host.backup import RESTORE_LABEL as LABEL
-from host.backup import WAIT_SECONDS, Job, State, alone, begun_anew, holder, jobs, said_of
+from host.backup import WAIT_SECONDS, Job, Phases, State, alone, begun_anew, holder, jobs, said_of
 from host.engines import Container, mountpoint
 from host.keep import BEST_EFFORT, used
 from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect, read_json, write
@@ -49,6 +49,7 @@ class Restored:
     volume: str
     snapshot: Snapshot
     until: float
+    phases: Phases
     found: dict[str, Any] = field(default_factory=dict)
 
 
@@ -230,7 +231,7 @@ RESTORE_COMMAND = 'cp "/wal/%f" "%p" 2>/dev/null || cp "/wal/%f.partial" "%p"'
 
 
 def restore_postgres(
-    job: Job, repository: Repository, snapshot: Snapshot, until: float | None, volume: str, say: Say
+    job: Job, repository: Repository, snapshot: Snapshot, until: float | None, volume: str, phases: Phases, say: Say
 ) -> Restored:
     """Base backup, then WAL (see `chosen`; a base without WAL comes back as it was), then the server is asked."""
     like = template(job)
@@ -240,7 +241,9 @@ def restore_postgres(
     size = repository.size(snapshot.id)
     need_room(mountpoint(volume), size + (repository.size(wal.id) if wal else 0))
     say(f"{job.key}: base backup {snapshot.id[:8]} of {snapshot.at:%Y-%m-%d %H:%M:%S}")
+    phases.begin("unpack")
     unpack(job, repository, snapshot, size, volume, say)
+    phases.begin("WAL")
     folder = job.folder / f"restore-{os.getpid()}"
     try:
         folder.mkdir(parents=True, mode=0o700)
@@ -258,9 +261,10 @@ def restore_postgres(
             target["recovery_target_time"] = datetime.fromtimestamp(until, UTC).isoformat()
 
         def replayed(**target: str) -> dict[str, Any]:
+            phases.begin("recovery")
             settings = {"restore_command": RESTORE_COMMAND, "recovery_target_action": "promote"}
             with recovery(job, snapshot, volume, settings | target):
-                return asked_postgres(job, like, snapshot, wal, archive, volume, say)
+                return asked_postgres(job, like, snapshot, wal, archive, volume, phases, say)
 
         try:
             found = replayed(**target)
@@ -278,7 +282,7 @@ def restore_postgres(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     reached = until or (wal.facts["at"] if wal else snapshot.facts["at"])
-    return Restored(job, volume, snapshot, reached, found)
+    return Restored(job, volume, snapshot, reached, phases, found)
 
 
 def same_version(job: Job, like: Container, snapshot: Snapshot) -> None:
@@ -339,11 +343,19 @@ def psql(facts: Mapping[str, Any], database: str) -> list[str]:
 
 
 def asked_postgres(
-    job: Job, like: Container, snapshot: Snapshot, wal: Snapshot | None, archive: Path, volume: str, say: Say
+    job: Job,
+    like: Container,
+    snapshot: Snapshot,
+    wal: Snapshot | None,
+    archive: Path,
+    volume: str,
+    phases: Phases,
+    say: Say,
 ) -> dict[str, Any]:
     """Starts the server on the restored volume, waits until it has recovered, asks, stops it."""
     with postgres_on(job, like, snapshot, volume, [f"--volume={archive}:/wal:ro"]) as (container, query):
         replayed = recovered(job, container, query, say)
+        phases.begin("rows")
         rows = engines.counted(query, engines.COUNT_SECONDS)
         fewer = lost(snapshot.facts["rows"], rows)
         found: dict[str, Any] = {"rows": rows, "position": replayed, "problems": []}
@@ -354,10 +366,12 @@ def asked_postgres(
         if wal and query(f"select '{replayed}'::pg_lsn >= '{wal.facts['position']}'::pg_lsn") != "t":
             found["behind"] = f"WAL was replayed to {replayed}, and {wal.facts['position']} was there when it was saved"
         if check := job.declared.get("verify"):
+            phases.begin("verify")
             database = job.declared.get("database") or engines.one_database(query)
             found["verify"] = query(check, database, RECOVERY_SECONDS)
             if found["verify"] in ("", "f", "0"):
                 found["problems"].append(f"the query of verify says {found['verify'] or 'nothing'}: {check}")
+        phases.begin("stop")
         return found
 
 
@@ -429,7 +443,7 @@ def until_told(container: Container, check: Callable[[], bool]) -> None:
 
 
 def restore_redis(
-    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, say: Say
+    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, phases: Phases, say: Say
 ) -> Restored:
     """The snapshot, loaded by a server that writes its own append-only file of it: with one, none is ever read."""
     facts, like = snapshot.facts, template(job)
@@ -438,10 +452,12 @@ def restore_redis(
     need_room(folder, 2 * repository.size(snapshot.id))
     folder.mkdir(parents=True, exist_ok=True)
     dump = folder / settings["dbfilename"]
+    phases.begin("unpack")
     with dump.open("wb") as file:
         repository.dump_into(file, snapshot.id, "/dump.rdb")
     for path in (mountpoint(volume), folder, *folder.rglob("*")):
         os.chown(path, *owner)
+    phases.begin("load")
     inside = str(Path(facts["mount"]) / facts["inside"])
     names = {name: value for name, value in settings.items() if name != "appendonly"}
     words = ["--dir", inside, "--port", "0", "--unixsocket", f"{SOCKET}/redis", "--save", "", "--appendonly", "no"]
@@ -464,21 +480,23 @@ def restore_redis(
     if found["keys"] < (facts["keys"] - facts["expires"]) * KEYS:
         found["problems"].append(f"{found['keys']} keys, {facts['keys']} at the time of the backup")
     say(f"{job.key}: {found['keys']} keys")
-    return Restored(job, volume, snapshot, facts["at"], found)
+    return Restored(job, volume, snapshot, facts["at"], phases, found)
 
 
 def restore_files(
-    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, say: Say
+    job: Job, repository: Repository, snapshot: Snapshot, _until: float | None, volume: str, phases: Phases, say: Say
 ) -> Restored:
     """All files; restic compares what it wrote with its checksums."""
     folder, size = mountpoint(volume), repository.size(snapshot.id)
     need_room(folder, size)
+    phases.begin("unpack")
     with progress(folder, size, say):
         # The folder itself is in the snapshot, with its owner and mode.
         repository.call("restore", snapshot.id, "--target", str(folder.parent), "--verify", seconds=RECOVERY_SECONDS)
     found: dict[str, Any] = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "problems": []}
     if size and not found["files"]:
         found["problems"].append(f"no file, {size} bytes at the time of the backup")
+    phases.begin("verify")
     if check := job.declared.get("verify"):
         like = template(job)
         mount = like.mount(job.volume)
@@ -490,10 +508,10 @@ def restore_files(
             found["problems"].append(
                 f"the command of verify ended with {done.returncode}: {done.stderr.strip()[-200:]}"
             )
-    return Restored(job, volume, snapshot, snapshot.facts["at"], found)
+    return Restored(job, volume, snapshot, snapshot.facts["at"], phases, found)
 
 
-RESTORE: Mapping[str, Callable[[Job, Repository, Snapshot, float | None, str, Say], Restored]] = {
+RESTORE: Mapping[str, Callable[[Job, Repository, Snapshot, float | None, str, Phases, Say], Restored]] = {
     "postgres": restore_postgres,
     "redis": restore_redis,
     "files": restore_files,
@@ -502,9 +520,10 @@ RESTORE: Mapping[str, Callable[[Job, Repository, Snapshot, float | None, str, Sa
 
 def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -> Restored:
     """A backup in a fresh volume, checked. BackupError, and no volume, where anything is wrong with it."""
+    phases = Phases("prepare")
     snapshot, until = chosen(job, repository, at)
     with volume_made(volume, job):
-        done = RESTORE[job.engine](job, repository, snapshot, until, volume, say)
+        done = RESTORE[job.engine](job, repository, snapshot, until, volume, phases, say)
         problems = [*done.found["problems"], *([done.found["behind"]] if "behind" in done.found and not until else [])]
         if done.until == snapshot.facts["at"]:
             problems += done.found.get("fewer", [])  # nothing came after the base backup that could have removed them
@@ -662,6 +681,7 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
     passwords = dict(line.split("|", 1) for line in server.query(ROLES).splitlines())
     volume = f"{to.volume}-refresh-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     done = restored(job, source(job, ""), "latest", volume, say)
+    done.phases.begin("mask")
     facts = done.snapshot.facts
     try:
         with postgres_on(job, template(job), done.snapshot, volume) as (copy, query):
@@ -687,7 +707,7 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
     except BaseException:
         ask(["docker", "volume", "rm", "--force", volume], START_ENGINE)
         raise
-    return Restored(to, volume, done.snapshot, time.time(), done.found)
+    return Restored(to, volume, done.snapshot, time.time(), done.phases, done.found)
 
 
 LARGEST = "select coalesce(max(pg_total_relation_size(oid)), 0) from pg_class where relkind in ('r', 'm')"
@@ -734,10 +754,12 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
         if not args.yes:
             say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
             continue
+        done.phases.begin("exchange")
         kept = swapped(done, state, say)
         say(f"{to.key}: has a masked copy of {job.key}")
         say(f"What was there is kept as {kept}, until: make restore RELEASE={kept}")
-        state.record({"job": to.key, "kind": "refresh", "start": began, "end": time.time(), "from": job.key})
+        record = {"job": to.key, "kind": "refresh", "start": began, "end": time.time(), "from": job.key}
+        state.record(record | {"phases": done.phases.ended()})
     state.save(jobs(places))
     return 0
 
@@ -759,6 +781,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
             name = f"{job.volume}-drill-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
             done = restored(job, repository, "latest", name, say)
             ask(["docker", "volume", "rm", name], START_ENGINE)
+            done.phases.begin("check")
             record[target] = {
                 "snapshot": done.snapshot.id,
                 "rto": round(time.time() - started_at, 3),
@@ -766,6 +789,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
                 "found": done.found,
             }
             repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
+            record[target]["phases"] = done.phases.ended()
         known |= {
             "last_verified": began,
             "drill_error": None,
@@ -861,6 +885,9 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
     began = time.time()
     done = restored(job, source(job, args.target, as_caller=args.as_caller), args.at, volume, say)
     say(f"{job.key}: restored into {volume} and checked, in {time.time() - began:.1f} s: {json.dumps(summary(done))}")
+    record = {"job": job.key, "kind": "restore", "start": began, "snapshot": done.snapshot.id}
+    if args.to or not args.yes:
+        state.record(record | {"end": time.time(), "phases": done.phases.ended(), "volume": volume})
     if args.to:
         return 0
     if not args.yes:
@@ -868,10 +895,11 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
             "Nothing else was changed. Next step: the same with YES=1 to put it in place; or docker volume rm " + volume
         )
         return 0
+    done.phases.begin("exchange")
     if (would := newer(job, done.until)) and not args.lose_newer:
         raise BackupError(f"{would}: nothing was changed. Next step: with LOSE_NEWER=1 to lose that; it is in {volume}")
     kept = swapped(done, state, say)
-    state.record({"job": job.key, "kind": "restore", "start": began, "end": time.time(), "snapshot": done.snapshot.id})
+    state.record(record | {"end": time.time(), "phases": done.phases.ended()})
     state.save(jobs(places))
     if args.release_kept:
         say(f"{job.key}: in place")

@@ -19,7 +19,7 @@ import pytest
 from pydantic import ValidationError
 
 from host import backup, engines, restic, restore
-from host.backup import Job, State
+from host.backup import Job, Phases, State
 from host.machine import Places
 from host.restic import BackupError, Repository, Snapshot
 from settings.backup import Backup, BackupSettings, BucketTarget, parse_span
@@ -197,6 +197,69 @@ def test_what_a_backup_finds_unpruned_is_an_alarm(tmp_path: Path, monkeypatch: p
     assert ("not pruned", "99 backups") in backup.alarms(one, state.of(one), time.time())
 
 
+def records(places: Places) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (places.state / "backup/records.jsonl").read_text().splitlines()]
+
+
+def test_a_phase_goes_on_until_the_next_and_adds_to_what_it_took_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 101.0, 103.0, 106.0, 110.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    phases = Phases("server")
+    for name in ("save", "server", "forget"):
+        phases.begin(name)
+    assert phases.ended() == {"server": 4.0, "save": 2.0, "forget": 4.0}
+
+
+def test_a_record_says_how_long_each_phase_took_also_of_a_run_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "volume").mkdir()
+    target = {"repository": str(tmp_path / "target"), "variables": {}, "append_only": False}
+    places = Places(tmp_path)
+    declared(places, targets={"disk": target}, retain={"last": 1})
+    monkeypatch.setattr(engines, "mountpoint", lambda _: tmp_path / "volume")
+    (one,) = backup.jobs(places)
+    assert backup.back_up(one, State(places), print, hurry=True)
+    (tmp_path / "volume").rmdir()
+    assert not backup.back_up(one, State(places), print, hurry=True)
+    good, failed = records(places)
+    assert set(good["phases"]) == {"server", "save", "forget"}
+    assert sum(good["phases"].values()) == pytest.approx(good["end"] - good["start"], abs=0.5)
+    assert set(failed["phases"]) == {"server", "save"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "phases"), [((), {"stop"}), (("--to=v",), {"stop"}), (("--yes",), {"stop", "exchange"})]
+)
+def test_a_restore_is_recorded_with_its_phases_whether_it_is_put_in_place_or_not(
+    asked: Sequence[str], phases: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, places = replace(job(), repositories={"disk": repository()}), Places(tmp_path)
+    done = restore.Restored(one, "fresh", snapshot("a", NOW), NOW, Phases("stop"))
+    monkeypatch.setattr(restore, "restored", lambda *_: done)
+    monkeypatch.setattr(restore, "newer", lambda *_: "")
+    monkeypatch.setattr(restore, "swapped", lambda *_: "kept")
+    parser = argparse.ArgumentParser()
+    restore.add_arguments(parser)
+    assert restore.put_back(one, parser.parse_args(asked), State(places), places) == 0
+    (record,) = records(places)
+    assert (record["kind"], set(record["phases"])) == ("restore", phases)
+    assert ("volume" in record) == ("--yes" not in asked)
+
+
+def test_a_drill_is_recorded_with_its_phases_the_check_of_the_repository_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, places = replace(job(), repositories={"disk": repository()}), Places(tmp_path)
+    done = restore.Restored(one, "fresh", snapshot("a", NOW), NOW, Phases("stop"))
+    monkeypatch.setattr(restore, "restored", lambda *_: done)
+    monkeypatch.setattr(restore, "ask", lambda *_: "")
+    monkeypatch.setattr(Repository, "call", lambda *_, **__: "")
+    assert restore.drilled(one, State(places), print)
+    (record,) = records(places)
+    assert set(record["disk"]["phases"]) == {"stop", "check"}
+
+
 def test_a_job_is_called_by_its_volume_or_its_service_and_another_name_is_an_error(tmp_path: Path) -> None:
     places = Places(tmp_path)
     declared(places)
@@ -287,7 +350,7 @@ def test_protected_environments_are_backed_up_first_and_a_job_that_fails_stops_n
     (places.declared / "host.json").write_text(json.dumps({"environments": environments}))
     order: list[str] = []
 
-    def saved(job: Job, **_: bool) -> Snapshot:
+    def saved(job: Job, *_: object, **__: bool) -> Snapshot:
         order.append(job.environment)
         if job.environment == "prod":
             raise IndexError("an odd answer")
@@ -689,7 +752,8 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Volumes:
 
 def exchange(places: Places, said: Callable[[str], None] = print) -> str:
     one = replace(job(places), declared={**job(places).declared, "volume": "v"})
-    return restore.swapped(restore.Restored(one, "fresh", snapshot("a", NOW), NOW), State(places), said)
+    done = restore.Restored(one, "fresh", snapshot("a", NOW), NOW, Phases("prepare"))
+    return restore.swapped(done, State(places), said)
 
 
 def test_a_restored_volume_takes_the_place_of_the_old_one_which_is_kept(volumes: Volumes, tmp_path: Path) -> None:
