@@ -455,9 +455,13 @@ def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases)
     phases.begin("rows")
     facts["rows"] = engines.counted(server.query, engines.COUNT_SECONDS)
     phases.begin("save")
-    return repository.save_stream(
-        server.base(hurry=hurry), "base.tar", restic.tags(job.name, "base", facts), LIMIT_SECONDS
-    )
+    tags = restic.tags(job.name, "base", facts)
+    try:
+        return repository.save_stream(server.base(hurry=hurry), "base.tar", tags, LIMIT_SECONDS)
+    except BaseException:  # restic has ended by now: what would look to it like the end of the file is none any more
+        with suppress(BackupError):
+            server.end_bases()
+        raise
 
 
 def take_redis(job: Job, repository: Repository, _hurry: bool, phases: Phases) -> Snapshot:

@@ -4,10 +4,11 @@ Nothing here knows what is in a backup: `host/backup.py` decides what is saved, 
 import base64
 import json
 import os
+import select
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,6 +168,7 @@ class Repository:
     def init(self) -> None:
         """Makes it. In a bucket only its owner can: restic asks for the bucket as a whole, once."""
         self._call(("init",), ANSWER_SECONDS)
+        self._seen()
 
     # --- saving
 
@@ -199,8 +201,12 @@ class Repository:
         """The stream, once.
 
         restic takes the end of its input for the end of the file, so the pipe is held open until it is known how the
-        command ended: half a database must not look like a backup.
+        command ended: half a database must not look like a backup. A repository that has never been there is asked for
+        first: else the command would read all of a database, and wait for its checkpoint, for nobody.
         """
+        if self.mark and not self.mark.exists():
+            self._call(("cat", "config"), ANSWER_SECONDS)
+            self._seen()
         command = self._backup("--stdin", "--stdin-filename", name, tags=tags)
         reading, writing = os.pipe()
         with (
@@ -209,21 +215,10 @@ class Repository:
             _running(command, self.environment, output) as restic,
         ):
             output.close()
-            try:
-                made = subprocess.run(
-                    producer,
-                    env={**os.environ, **variables},
-                    stdin=subprocess.DEVNULL,
-                    stdout=held,
-                    stderr=subprocess.PIPE,
-                    timeout=seconds,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                raise BackupError(f"{producer[0]} did not end within {seconds:g} s") from None
-            if made.returncode and not _ends(restic):
-                said = made.stderr.decode(errors="replace").strip().splitlines()[-3:]
-                raise BackupError(f"{' '.join(producer[:4])} …: {' / '.join(said) or made.returncode}")
+            code, told = _fed(producer, {**os.environ, **variables}, held, restic.process, seconds)
+            if code and not _ends(restic):
+                said = told.decode(errors="replace").strip().splitlines()[-3:]
+                raise BackupError(f"{' '.join(producer[:4])} …: {' / '.join(said) or code}")
             held.close()
             return self._saved(restic, tags, None)
 
@@ -365,6 +360,41 @@ def _missed(said: bytes, folder: Path) -> bool:
             except (ValueError, KeyError, TypeError):
                 return True
     return not items or any(os.path.lexists(folder.parent / item) for item in items)
+
+
+def _fed(
+    producer: Sequence[str],
+    environment: Mapping[str, str],
+    sink: IO[bytes],
+    reader: "subprocess.Popen[bytes]",
+    seconds: float,
+) -> tuple[int, bytes]:
+    """Runs what feeds a reader, and no longer than that reads: its exit code, and what it said.
+
+    By itself it would end when it next writes, and before a database writes anything it waits for a checkpoint.
+    """
+    with tempfile.TemporaryFile() as errors:
+        made = subprocess.Popen(producer, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=errors)
+        try:
+            if not _one_ends((made, reader), seconds):
+                raise BackupError(f"{producer[0]} did not end within {seconds:g} s")
+        finally:
+            if made.poll() is None:
+                made.kill()
+            made.wait()
+        errors.seek(0)
+        return made.returncode, errors.read()
+
+
+def _one_ends(processes: Sequence["subprocess.Popen[bytes]"], seconds: float) -> bool:
+    """Waits until one of them ends. Whether one did within so many seconds."""
+    with ExitStack() as stack:
+        poller = select.poll()
+        for one in processes:
+            descriptor = os.pidfd_open(one.pid)
+            stack.callback(os.close, descriptor)
+            poller.register(descriptor, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
 
 
 def _ends(restic: Running) -> bool:

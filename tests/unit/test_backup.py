@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -499,6 +499,38 @@ class Server:
         self.given_up.append(most)
 
 
+@pytest.mark.parametrize("ends", [BackupError("the target is full"), SystemExit(143)], ids=str)
+def test_a_base_backup_that_nobody_reads_any_more_is_ended_in_its_server_too(
+    ends: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in a container outlives the `docker exec` that has started it."""
+    asked: list[str] = []
+
+    def query(_: object, sql: str, __: str = "") -> str:
+        asked.append(sql)
+        return ""
+
+    def save_stream(_: Repository, command: Sequence[str], *__: object) -> Snapshot:
+        asked.append(" ".join(command))
+        raise ends
+
+    container = engines.Container({"Id": "x"})
+    server = engines.Postgres(container, "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u")
+    monkeypatch.setattr(engines.Postgres, "query", query)
+    monkeypatch.setattr(engines.Postgres, "facts", lambda _: {})
+    monkeypatch.setattr(engines.Postgres, "of", lambda *_: server)
+    monkeypatch.setattr(Job, "container", lambda _: container)
+    monkeypatch.setattr(Job, "wal", False)
+    monkeypatch.setattr(backup, "history", lambda *_: ("1", False))
+    monkeypatch.setattr(Repository, "save_stream", save_stream)
+    with pytest.raises(type(ends)):
+        backup.take_postgres(job(), repository(), False, Phases("server"))
+    started, ended = asked[-2:]
+    assert f"application_name={engines.BASE}" in started
+    assert ended.startswith("select pg_terminate_backend(pid)")
+    assert ended.endswith(f"= '{engines.BASE}'")
+
+
 class Taken(Repository):
     """A repository that counts what it was given; `away`: it takes nothing."""
 
@@ -906,6 +938,26 @@ def test_a_command_that_hangs_is_ended_and_leaves_no_snapshot(real: Repository) 
         real.save_stream(["sh", "-c", "printf half; exec sleep 60"], "base.tar", ["job:j"], 1)
     assert time.monotonic() - began < 30
     assert snapshots(real) == []
+
+
+def test_nothing_is_read_for_a_repository_that_is_not_there(real: Repository, tmp_path: Path) -> None:
+    """A base backup that goes into nothing reads all of a database, and first waits for its checkpoint."""
+    mark, ran = tmp_path / "mark", tmp_path / "ran"
+    one, command = replace(real, mark=mark), ["sh", "-c", f"echo >> {ran}; printf all"]
+    one.save_stream(command, "base.tar", ["job:j"], 30)
+    assert ran.read_text() == "\n"
+    assert mark.exists()
+    shutil.rmtree(one.url)
+    with pytest.raises(BackupError, match="was there, and is gone"):
+        one.save_stream(command, "base.tar", ["job:j"], 30)
+
+
+def test_what_feeds_a_restic_that_has_ended_ends_too_though_it_writes_nothing(real: Repository) -> None:
+    real.init()
+    began = time.monotonic()
+    with pytest.raises(BackupError, match=r"lost-key\.md"):
+        replace(real, password="another").save_stream(["sleep", "60"], "base.tar", ["job:j"], 100)
+    assert time.monotonic() - began < 30
 
 
 def test_a_folder_comes_back_and_unchanged_data_adds_next_to_nothing(real: Repository, tmp_path: Path) -> None:
