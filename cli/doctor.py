@@ -296,7 +296,7 @@ def host_programs(facts: HostFacts) -> Iterator[Line]:
 
 
 def connections(facts: HostFacts) -> Iterator[Line]:
-    """The room in the kernel's one table of connections, which any environment can fill for all."""
+    """The room in the kernel's one table of connections: best-effort environments can fill half of it, prod all."""
     if facts.connections is None:
         return
     count, most = facts.connections
