@@ -418,9 +418,13 @@ def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
 def prune(job: Job, repository: Repository) -> None:
     """Lets go of the base backups that are not kept, in one target, and of the WAL before the last but one: of what is
     older, each base backup comes back as it was."""
-    repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
-    if job.wal and len(repository.snapshots(f"job:{job.name}", "kind:base")) > 2:
-        repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")
+    if repository.append_only:
+        return
+    bases, gone = repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
+    if job.wal and len(bases) > 2:
+        gone |= repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")[1]
+    if gone:
+        repository.prune()
 
 
 def unpruned(job: Job, targets: Sequence[Repository]) -> str | None:
@@ -439,7 +443,8 @@ def unpruned(job: Job, targets: Sequence[Repository]) -> str | None:
 
 def prune_states(repository: Repository) -> None:
     """Lets go of all but the newest of what was stored beside the backups."""
-    repository.forget({"last": STATES_KEPT}, "kind:state")
+    if repository.forget({"last": STATES_KEPT}, "kind:state")[1]:
+        repository.prune()
 
 
 def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases) -> Snapshot:

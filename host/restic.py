@@ -266,9 +266,11 @@ class Repository:
     def snapshots(self, *tags: str) -> list[Snapshot]:
         """Those that have all these tags, the oldest first."""
         words = ["--tag", ",".join(tags)] if tags else []
-        found = json.loads(self.call("snapshots", "--json", *words)) or []
+        return self._whole(json.loads(self.call("snapshots", "--json", *words)) or [])
+
+    def _whole(self, listed: Sequence[Mapping[str, Any]]) -> list[Snapshot]:
         holes = set(self.incomplete.read_text().split()) if self.incomplete.exists() else set()
-        whole = [one for one in found if not any(one["id"].startswith(short) for short in holes)]
+        whole = [one for one in listed if not any(one["id"].startswith(short) for short in holes)]
         return sorted(map(_snapshot, whole), key=lambda one: one.at)
 
     def restore(self, snapshot: str, into: Path) -> None:
@@ -298,12 +300,20 @@ class Repository:
             if found.get("struct_type") == "node" and found.get("type") == "file":
                 yield found["path"]
 
-    def forget(self, retain: Mapping[str, int | None], *tags: str) -> None:
-        """Lets go of the snapshots that `retain` (as in `x-bulkhead.backup`) does not keep, and of their data."""
+    def forget(self, retain: Mapping[str, int | None], *tags: str) -> tuple[list[Snapshot], bool]:
+        """Lets go of the snapshots that `retain` (as in `x-bulkhead.backup`) does not keep. Returns those that stay,
+        and whether others went, whose data is there until `prune`."""
         if self.append_only:
-            return
+            return self.snapshots(*tags), False
         kept = [word for key, count in retain.items() if count for word in (f"--keep-{key}", str(count))]
-        self.call("forget", "--group-by", "host", "--tag", ",".join(tags), "--prune", *kept, seconds=6 * 3600)
+        words = ("forget", "--json", "--group-by", "host", "--tag", ",".join(tags), *kept)
+        groups = json.loads(self.call(*words, seconds=6 * 3600) or "[]")
+        stay = [one for group in groups for one in group["keep"] or ()]
+        return self._whole(stay), any(group["remove"] for group in groups)
+
+    def prune(self) -> None:
+        """Lets go of the data that no snapshot has."""
+        self.call("prune", seconds=6 * 3600)
 
     def copy_from(self, other: "Repository", *snapshots: str) -> None:
         """Copies snapshots of another repository that are not here yet."""

@@ -1061,8 +1061,41 @@ def test_flipped_bytes_are_found(real: Repository, tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(real: Repository) -> None:
     for number in range(4):
         real.save_stream(["printf", str(number)], "base.tar", ["job:j", "kind:base"], 30)
-    real.forget({"last": 2, "daily": None}, "job:j", "kind:base")
-    assert len(real.snapshots("job:j")) == 2
+    kept, gone = real.forget({"last": 2, "daily": None}, "job:j", "kind:base")
+    assert (kept, gone) == (real.snapshots("job:j"), True)
+    assert len(kept) == 2
+    assert real.forget({"last": 2, "daily": None}, "job:j", "kind:base") == (kept, False)
+    assert real.forget({"last": 2}, "job:another") == ([], False)
+
+
+def test_data_is_let_go_of_once_and_only_after_snapshots_were(
+    real: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruning reads the whole index, and writes what is half used anew: of all steps the dearest in a large bucket."""
+    asked: list[str] = []
+    call = Repository.call
+
+    def packs() -> list[Path]:
+        return [path for path in (tmp_path / "repository/data").rglob("*") if path.is_file()]
+
+    def heard(one: Repository, *words: str, **options: float) -> str:
+        asked.append(words[0])
+        return call(one, *words, **options)
+
+    for number in range(4):
+        real.save_stream(["printf", str(number)], "base.tar", ["job:db-data", "kind:base"], 30)
+        real.save_stream(["printf", f"wal {number}"], "wal", ["job:db-data", "kind:wal"], 30)
+    before = len(packs())
+    monkeypatch.setattr(Repository, "call", heard)
+    backup.prune(job(retain={"last": 4}), replace(real, append_only=True))
+    assert asked == []
+    backup.prune(job(retain={"last": 4}), real)  # which is more WAL than is kept
+    backup.prune(job(retain={"last": 3}), real)
+    backup.prune(job(retain={"last": 3}), real)
+    backup.prune(job(retain={"last": 2}), real)
+    assert asked == [*["forget", "forget", "prune"] * 2, "forget", "forget", "forget", "prune"]
+    assert len(packs()) < before
+    real.check()
 
 
 # --- settings
