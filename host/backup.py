@@ -458,7 +458,7 @@ def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases)
         "position": server.position(),
     }
     phases.begin("rows")
-    facts["rows"] = engines.counted(server.query, engines.COUNT_SECONDS)
+    facts["rows"] = engines.counted(server.query, server.script, engines.COUNT_SECONDS)
     phases.begin("save")
     tags = restic.tags(job.name, "base", facts)
     try:

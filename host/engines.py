@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,22 @@ COUNT_SECONDS = 10
 """A table that takes longer to count is not counted: a backup must not cost prod more than it is worth."""
 
 DATABASES = "select datname from pg_database where datallowconn and not datistemplate order by 1"
-TABLES = """
-select format('select %L, count(*) from %I.%I', schemaname || '.' || relname, schemaname, relname)
+TABLES = "select relname from pg_stat_user_tables"
+COUNT = r"""
+\set VERBOSITY verbose
+\set ON_ERROR_STOP on
+select 'table', schemaname || '.' || relname from pg_stat_user_tables;
+set statement_timeout = '%ds';
+\set ON_ERROR_STOP off
+select format('select ''rows'', %%L, count(*) from %%I.%%I', schemaname || '.' || relname, schemaname, relname)
 from pg_stat_user_tables order by 1
+\gexec
 """
+"""For psql: the tables, then the rows of each; one that takes too long does not keep the others from being counted."""
+TABLE, ROWS = re.compile(r"^table\|(.*)$", re.M), re.compile(r"^rows\|(.*)\|(\d+)$", re.M)
+CANCELLED = " 57014: "
+"""A statement that was, in psql's words of any language."""
+TYPED_SECONDS = 12 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,16 @@ class Container:
             return ask(command, "see docker logs", variables, seconds=seconds)
         except Undecided as error:
             raise BackupError(str(error)) from None
+
+    def typed(
+        self, text: str, *words: str, user: str = "", seconds: float = TYPED_SECONDS
+    ) -> "subprocess.CompletedProcess[str]":
+        """Runs a command in it that reads this text. BackupError where it takes longer than `seconds`."""
+        command = self.command(*words, user=user, interactive=True)
+        try:
+            return subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            raise BackupError(f"{words[0]}: no answer within {seconds:g} s. Next step: see docker logs") from None
 
     def secret(self, *names: str) -> str:
         """The value of the first of these variables, or of the file that `<name>_FILE` names; "" if it has none."""
@@ -180,10 +203,16 @@ class Postgres:
 
     def query(self, sql: str, database: str = "postgres") -> str:
         """The answer, one row a line, columns separated by `|`. BackupError where it fails."""
-        words = self._words("psql", "--no-psqlrc", "--tuples-only", "--no-align", "--quiet")
-        return self.container.said(
-            *words, "--set=ON_ERROR_STOP=1", f"--dbname={database}", f"--command={sql}", user=str(self.uid)
-        ).strip()
+        words = self._psql(database, "--set=ON_ERROR_STOP=1", f"--command={sql}")
+        return self.container.said(*words, user=str(self.uid)).strip()
+
+    def script(self, text: str, database: str) -> "subprocess.CompletedProcess[str]":
+        """What psql makes of a script, whose errors do not end it."""
+        return self.container.typed(text, *self._psql(database, "--file=-"), user=str(self.uid))
+
+    def _psql(self, database: str, *words: str) -> list[str]:
+        flags = ("--no-psqlrc", "--tuples-only", "--no-align", "--quiet", f"--dbname={database}")
+        return self._words("psql", *flags, *words)
 
     def _words(self, name: str, *words: str) -> list[str]:
         return [
@@ -261,18 +290,20 @@ class Postgres:
         return copied, gap
 
 
-def counted(query: Callable[..., str], seconds: int = 0) -> dict[str, int | None]:
-    """Rows of every table, by `database.schema.table`; None where counting takes longer than so many seconds."""
+def counted(
+    query: Callable[[str], str], script: "Callable[[str, str], subprocess.CompletedProcess[str]]", seconds: int
+) -> dict[str, int | None]:
+    """Rows of every table, by `database.schema.table`; None where counting takes longer than so many seconds.
+
+    One client for each database: to start one in a container takes longer than to count a table. BackupError.
+    """
     found: dict[str, int | None] = {}
     for database in query(DATABASES).splitlines():
-        for sql in query(TABLES, database).splitlines():
-            name = f"{database}.{sql.split(chr(39))[1]}"
-            try:
-                found[name] = int(query(f"set statement_timeout = '{seconds}s'; {sql}", database).rpartition("|")[2])
-            except BackupError as error:
-                if "statement timeout" not in str(error):
-                    raise
-                found[name] = None
+        done = script(COUNT % seconds, database)
+        tables, rows = TABLE.findall(done.stdout), dict(ROWS.findall(done.stdout))
+        if done.returncode or len(tables) - len(rows) > done.stderr.count(CANCELLED):
+            raise BackupError(f"psql in {database}: {done.stderr.strip()[-500:] or done.returncode}")
+        found |= {f"{database}.{name}": int(rows[name]) if name in rows else None for name in tables}
     return found
 
 

@@ -356,7 +356,12 @@ def asked_postgres(
     with postgres_on(job, like, snapshot, volume, [f"--volume={archive}:/wal:ro"]) as (container, query):
         replayed = recovered(job, container, query, say)
         phases.begin("rows")
-        rows = engines.counted(query, engines.COUNT_SECONDS)
+
+        def script(text: str, database: str) -> "subprocess.CompletedProcess[str]":
+            words = (*psql(snapshot.facts, database), "--tuples-only", "--no-align", "--file=-")
+            return container.typed(text, *words, user=str(snapshot.facts["owner"][0]))
+
+        rows = engines.counted(query, script, engines.COUNT_SECONDS)
         fewer = lost(snapshot.facts["rows"], rows)
         found: dict[str, Any] = {"rows": rows, "position": replayed, "problems": []}
         if fewer:
@@ -729,8 +734,7 @@ def forgotten(job: Job, snapshot: Snapshot, volume: str, logs: str) -> None:
 def masked(copy: Container, facts: Mapping[str, Any], database: str, mask: str) -> None:
     """Runs the mask in one database of the copy. BackupError with the server's words where it fails."""
     words = [*psql(facts, database), "--single-transaction", "--file=-"]
-    command = copy.command(*words, user=str(facts["owner"][0]), interactive=True)
-    done = subprocess.run(command, input=mask, capture_output=True, text=True, check=False)
+    done = copy.typed(mask, *words, user=str(facts["owner"][0]))
     if done.returncode:
         raise BackupError(f"the mask failed in {database}, so nothing was replaced: {done.stderr.strip()[-500:]}")
 

@@ -473,6 +473,52 @@ def test_redis_keys_are_those_of_all_databases() -> None:
     assert engines.keys("# Keyspace\r\n") == {"keys": 0, "expires": 0}
 
 
+def counts(told: str, error: str = "", code: int = 0) -> tuple[list[str], Callable[[], dict[str, int | None]]]:
+    """A server with two databases, of which one has tables: the scripts that it gets, and what counts its rows."""
+    scripts: list[str] = []
+
+    def script(text: str, database: str) -> "subprocess.CompletedProcess[str]":
+        scripts.append(text)
+        return subprocess.CompletedProcess([], code, told if database == "shop" else "", error)
+
+    return scripts, lambda: engines.counted(lambda _: "postgres\nshop\n", script, 10)
+
+
+def test_the_rows_of_all_tables_are_counted_by_one_client_for_each_database() -> None:
+    told = "table|public.orders\ntable|public.a|b\ntable|public.big\nrows|public.a|b|2\nrows|public.orders|1000\n"
+    late = "psql:<stdin>:12: FEHLER:  57014: storniere Anfrage wegen Zeitüberschreitung\nORT:  ProcessInterrupts\n"
+    scripts, count = counts(told, late)
+    assert count() == {"shop.public.orders": 1000, "shop.public.a|b": 2, "shop.public.big": None}
+    assert len(scripts) == 2
+    assert "set statement_timeout = '10s'" in scripts[0]
+    assert "select ''rows'', %L, count(*) from %I.%I" in scripts[0]
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "code"),
+    [
+        ("table|public.gone\n", "ERROR:  42P01: relation does not exist", 0),
+        ("", "ERROR:  57014: canceling statement due to user request", 3),
+        ("table|public.a\nrows|public.a|1\n", "the connection to the server was lost", 2),
+    ],
+)
+def test_tables_that_could_not_be_counted_for_another_reason_than_time_are_an_error(
+    told: str, error: str, code: int
+) -> None:
+    with pytest.raises(BackupError, match=error):
+        counts(told, error, code)[1]()
+
+
+def test_a_script_is_read_by_a_command_in_a_container_which_does_not_go_on_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines.Container, "command", lambda _, *words, **__: list(words))
+    container = engines.Container({"Id": "x"})
+    assert container.typed("select 1", "cat").stdout == "select 1"
+    with pytest.raises(BackupError, match="no answer within"):
+        container.typed("", "sleep", "60", seconds=0.1)
+
+
 class Server:
     """A PostgreSQL server whose WAL is archived: `new` files at the next time. `given_up`: what it may keep at most."""
 
