@@ -1,5 +1,10 @@
 """The backup benchmark: what a backup costs prod's clients, and how fast it is beside pg_basebackup and restic alone.
-`make bench-backup` takes half an hour; what it finds is a ratio in one run, in docs/research/backup.md."""
+`make bench-backup` takes half an hour; what it finds is a ratio in one run, in docs/research/backup.md.
+
+Both ways begin with an empty repository that is there, a checkpoint at once, the same pipe, the same weights, and
+nothing that is still being written. Ours also counts rows, brings WAL and forgets; what it restores is started,
+recovered, counted and on the disk. So each is compared twice: as a whole, and the phase that does what the other does.
+"""
 
 import argparse
 import json
@@ -49,15 +54,19 @@ LEDGER: Mapping[str, Any] = {
 JOB, SERVICE, VOLUME = "db-data", "db", f"{PROD}-db-data"
 LOAD = 0.4
 """Share of prod's capacity at which its clients ask."""
-FILL = """
+FILL = r"""
+\set ON_ERROR_STOP on
 create table filler as
 select g, (select string_agg(encode(sha512((g * 8 + i)::text::bytea), 'hex'), '') from generate_series(1, 8) i) as text
-from generate_series(1, {rows}) g
+from generate_series(1, {rows}) g;
+vacuum (freeze, analyze) filler;
 """
+"""Vacuumed: with checksums, whoever reads a page first writes it to the WAL, and a backup would have it twice."""
 ROW_BYTES = 1120
 """What a row of `filler` takes up on the disk. Hexadecimal digits: half as dense as what cannot be compressed."""
 TARGET = 0.95
 DOCS = Path("docs/research")
+RUNS = {"backup": "first backup", "again": "second backup", "restore": "restore"}
 
 
 def options() -> argparse.Namespace:
@@ -102,7 +111,9 @@ class Bench:
     def fill(self) -> None:
         """So many gigabytes of rows, and a backup to begin with."""
         server = self.server()
-        server.query(FILL.format(rows=self.chosen.gigabytes * 10**9 // ROW_BYTES), "shop")
+        filled = server.script(FILL.format(rows=self.chosen.gigabytes * 10**9 // ROW_BYTES), "shop")
+        if filled.returncode:
+            raise BenchError(f"filling the database: {filled.stderr[-500:]}")
         # Of the WAL of all that nothing is kept.
         server.query(f"select pg_drop_replication_slot(slot_name) {OUR_SLOT}")
         server.query("checkpoint")
@@ -147,7 +158,7 @@ class Bench:
     # --- how fast
 
     def into(self, name: str) -> Repository:
-        """Prod's job goes into an empty repository of that name from now on."""
+        """Prod's job goes into an empty repository of that name from now on, without the WAL of earlier backups."""
         file = Path(BACKUPS) / f"{PROD}.json"
         declared = json.loads(file.read_text())
         repository = str(self.folder / "backups" / name)
@@ -155,18 +166,30 @@ class Bench:
             for target in job["targets"].values():
                 target["repository"] = repository
         file.write_text(json.dumps(declared))
-        return Repository(repository, declared["password"], self.folder / "cache" / name)
+        shutil.rmtree(Places().state / "backup" / PROD / JOB / "wal", ignore_errors=True)
+        made = Repository(repository, declared["password"], self.folder / "cache" / name)
+        made.init()
+        return made
 
-    def ours(self, number: int) -> dict[str, float]:
+    def phases(self) -> dict[str, float]:
+        """What the last run says of how long it took."""
+        last = (Places().state / "backup/records.jsonl").read_text().splitlines()[-1]
+        return dict(json.loads(last)["phases"])
+
+    def ours(self, number: int) -> dict[str, Any]:
         """`make backup` and `make restore` of the database, as the agent does them."""
         repository = self.into(f"ours-{number}")
-        found = {"backup": self.agent("backup", "--environment", PROD, "--job", JOB)}
-        found["again"] = self.agent("backup", "--environment", PROD, "--job", JOB)
+        found: dict[str, Any] = {"phases": {}}
+        for run in ("backup", "again"):
+            found[run] = self.agent("backup", "--environment", PROD, "--job", JOB)
+            wal = State(Places()).jobs[f"{PROD}/{JOB}"]["wal_seconds"]
+            found["phases"][run] = self.phases() | {"WAL": wal}
         found["added"] = State(Places()).jobs[f"{PROD}/{JOB}"]["added"]
         found["size"] = State(Places()).jobs[f"{PROD}/{JOB}"]["size"]
         volume = f"{PROD}-bench-{number}"
         try:
             found["restore"] = self.agent("restore", "--environment", PROD, "--job", JOB, "--to", volume)
+            found["phases"]["restore"] = self.phases()
         finally:
             with suppress(NotFound):
                 self.engine.volumes.get(volume).remove()
@@ -174,7 +197,8 @@ class Bench:
         return found
 
     def plain(self, number: int) -> dict[str, float]:
-        """pg_basebackup into restic, and out of it into a folder on the engine's disk: nothing is checked."""
+        """pg_basebackup into restic, and out of it into a folder on the engine's disk, which is synced as a server
+        would do: nothing is checked."""
         folder = self.folder / "backups" / f"plain-{number}"
         repository = Repository(str(folder), "key", self.folder / "cache" / f"plain-{number}")
         repository.init()
@@ -189,6 +213,8 @@ class Bench:
         try:
             began = time.monotonic()
             piped(repository.dump(saved.id, "/base.tar"), repository.environment, ["tar", "-xC", str(there)])
+            found["unpack"] = time.monotonic() - began
+            subprocess.run(["sync", "--file-system", str(there)], check=True)
             found["restore"] = time.monotonic() - began
         finally:
             shutil.rmtree(there)
@@ -270,6 +296,7 @@ def measure(chosen: argparse.Namespace, engine: docker.DockerClient, console: Co
                 one = {}
                 for name in random.permutation(["ours", "plain"]):
                     progress.step(f"Throughput {number + 1} of {chosen.rounds}: {name}")
+                    os.sync()  # of what the one before has written
                     one[str(name)] = bench.ours(number) if name == "ours" else bench.plain(number)
                 rounds.append(one)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -286,18 +313,36 @@ def ratios(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     again = [one["ours"]["again"] / one["ours"]["backup"] for one in found["rounds"]]
     added = [one["ours"]["added"] / one["ours"]["size"] for one in found["rounds"]]
     alone = [one["plain"]["pg_basebackup"] / one["ours"]["backup"] for one in found["rounds"]]
+    save = [one["plain"]["backup"] / one["ours"]["phases"]["backup"]["save"] for one in found["rounds"]]
+    unpack = [one["plain"]["unpack"] / one["ours"]["phases"]["restore"]["unpack"] for one in found["rounds"]]
     return [
         *lines,
         ("backup's throughput, to pg_basebackup into restic", interval(speed["backup"]), f"at least {TARGET}"),
+        ("the same while it saves", interval(save), f"at least {TARGET}"),
         ("backup's throughput, to pg_basebackup into nothing", interval(alone), ""),
         (
             "restore's throughput, checks and recovery included, to restic into tar",
             interval(speed["restore"]),
             f"at least {TARGET}",
         ),
+        ("the same while it unpacks, nothing synced", interval(unpack), f"at least {TARGET}"),
         ("time of a second backup of the same data, to the first", interval(again), ""),
         ("bytes that a second backup of the same data adds, to all", interval(added), ""),
     ]
+
+
+def phases(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """How long each phase took in its middle round, in seconds, of a first and a second backup and a restore."""
+    rounds = [one["ours"]["phases"] for one in found["rounds"]]
+    middle = len(rounds) // 2
+    names = dict.fromkeys(name for one in rounds for run in RUNS for name in one[run])
+
+    def took(run: str, name: str) -> str:
+        values = sorted(one[run][name] for one in rounds if name in one[run])
+        return f"{values[middle]:.1f}" if len(values) > middle else ""
+
+    first, second, third = RUNS
+    return [(name, took(first, name), took(second, name), took(third, name)) for name in names]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -325,6 +370,10 @@ enough blocks; their number in brackets.
 
 Here that was {ours["backup"]:.0f} s for a backup ({size / 1e6 / ours["backup"]:.0f} MB/s), {ours["again"]:.0f} s for a
 second one, {ours["restore"]:.0f} s for a restore until the database had answered and its rows were counted.
+
+| phase, in seconds | {" | ".join(RUNS.values())} |
+|---|---|---|---|
+{chr(10).join(f"| {' | '.join(line)} |" for line in phases(found))}
 """
 
 
@@ -345,12 +394,14 @@ def main() -> int:
         return 130
     (chosen.output / "backup.json").write_text(json.dumps(found, indent=1) + "\n")
     (chosen.output / "backup.md").write_text(page(found))
-    table = Table(title="Backups", title_justify="left")
-    for column in ("compared", "ratio", "wanted"):
-        table.add_column(column, overflow="fold")
-    for line in ratios(found):
-        table.add_row(*line)
-    Console().print(table)
+    for columns, lines in (
+        (("compared", "ratio", "wanted"), ratios(found)),
+        (("phase, in seconds", *RUNS.values()), phases(found)),
+    ):
+        table = Table(*columns)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
     return 0
 
 

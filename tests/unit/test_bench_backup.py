@@ -11,14 +11,16 @@ def seen(p50: float) -> dict[str, float]:
 
 def found(pairs: int = 3) -> dict[str, Any]:
     ours = {"backup": 20.0, "again": 10.0, "restore": 25.0, "added": 2_000_000, "size": 2_000_000_000}
-    plain = {"backup": 18.0, "pg_basebackup": 5.0, "restore": 20.0}
+    saved = {"rows": 0.5, "save": 18.0, "WAL": 1.5}
+    phases = {"backup": saved, "again": saved | {"save": 8.0}, "restore": {"unpack": 19.0, "rows": 0.25}}
+    plain = {"backup": 18.0, "pg_basebackup": 5.0, "unpack": 19.0, "restore": 20.0}
     return {
         "at": "2026-01-02T03:04:05+00:00",
         "machine": {"cpus": 2, "memory": 8 * 2**30, "docker": "20.10", "cgroup_version": "2"},
         "capacity": 250.0,
         "rate": 100,
         "pairs": [{"with": seen(5.5), "without": seen(5)}] * pairs,
-        "rounds": [{"ours": ours, "plain": plain}] * 3,
+        "rounds": [{"ours": ours | {"phases": phases}, "plain": plain}] * 3,
     }
 
 
@@ -29,11 +31,27 @@ def test_each_ratio_is_of_what_was_measured_in_one_round() -> None:
         "prod's p50 during a backup, to without": "1.1",
         "prod's p99 during a backup, to without": "1.1",
         "backup's throughput, to pg_basebackup into restic": "0.9",
+        "the same while it saves": "1",
         "backup's throughput, to pg_basebackup into nothing": "0.25",
         "restore's throughput, checks and recovery included, to restic into tar": "0.8",
+        "the same while it unpacks, nothing synced": "1",
         "time of a second backup of the same data, to the first": "0.5",
         "bytes that a second backup of the same data adds, to all": "0.001",
     }
+
+
+def test_each_phase_is_told_beside_the_runs_that_have_it() -> None:
+    one = found()
+    late = one["rounds"][0]["ours"]["phases"]["restore"]
+    one["rounds"][1] = {"ours": {"phases": one["rounds"][0]["ours"]["phases"] | {"restore": late | {"rows": 9.0}}}}
+    told = backup.phases(one)
+    assert told == [
+        ("rows", "0.5", "0.5", "0.2"),
+        ("save", "18.0", "8.0", ""),
+        ("WAL", "1.5", "1.5", ""),
+        ("unpack", "", "", "19.0"),
+    ]
+    assert "| save | 18.0 | 8.0 |  |" in backup.page(found())
 
 
 def test_the_page_tells_the_machine_the_load_and_every_ratio() -> None:
