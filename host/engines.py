@@ -22,6 +22,7 @@ BASE = "bulkhead-base"
 """What a server calls the connection of a base backup of ours."""
 OUR_BASES = f"from pg_stat_replication where application_name = '{BASE}'"
 SEGMENT = re.compile(r"[0-9A-F]{24}")
+HEXADECIMAL = "0123456789ABCDEF"
 HISTORY = re.compile(r"[0-9A-F]{8}\.history")
 COUNT_SECONDS = 10
 """A table that takes longer to count is not counted: a backup must not cost prod more than it is worth."""
@@ -149,11 +150,16 @@ class Postgres:
     user: str
 
     def facts(self) -> dict[str, Any]:
-        """What is needed to start it again on another volume, when nothing of it runs any more."""
+        """What is needed to start it again on another volume, when nothing of it runs any more. `segment`: of WAL, from
+        which on a base backup that begins later can need any."""
         owner, mount = self.folder.lstat(), str(self.container.mount(self.volume))
+        version, segment = self.query(
+            "select current_setting('server_version_num'), pg_walfile_name(pg_current_wal_flush_lsn())"
+        ).split("|")
         return {
             "engine": "postgres",
-            "version": int(self.query("show server_version_num")),
+            "version": int(version),
+            "segment": segment,
             "programs": str(self.programs),
             "owner": [owner.st_uid, owner.st_gid],
             "inside": str(self.data.relative_to(mount)),
@@ -318,6 +324,17 @@ def following(segment: str) -> str:
     """The name of the next segment; of a server with segments of another size than 16 MiB, one that is not after it."""
     log, number = int(segment[8:16], 16), int(segment[16:24], 16) + 1
     return f"{segment[:8]}{log + (number >> 8):08X}{number & 0xFF:08X}"
+
+
+def since(segment: str) -> list[str]:
+    """Patterns of the names of a segment and all after it, of any timeline, whole or not, and of the histories."""
+    number = segment[8:]
+    after = [
+        f"????????{number[:place]}[{HEXADECIMAL[HEXADECIMAL.index(digit) + 1 :]}]*"
+        for place, digit in enumerate(number)
+        if digit != "F"
+    ]
+    return ["*.history", f"????????{number}*", *after]
 
 
 @contextmanager

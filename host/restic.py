@@ -273,9 +273,10 @@ class Repository:
         whole = [one for one in listed if not any(one["id"].startswith(short) for short in holes)]
         return sorted(map(_snapshot, whole), key=lambda one: one.at)
 
-    def restore(self, snapshot: str, into: Path) -> None:
-        """All of a snapshot's files, into a folder."""
-        self.call("restore", snapshot, "--target", str(into), seconds=24 * 3600)
+    def restore(self, snapshot: str, into: Path, only: Sequence[str] = ()) -> None:
+        """A snapshot's files, into a folder: all, or those whose names match one of some patterns."""
+        words = [word for pattern in only for word in ("--include", pattern)]
+        self.call("restore", snapshot, "--target", str(into), *words, seconds=24 * 3600)
 
     def dump(self, snapshot: str, file: str) -> list[str]:
         """The command that prints one file of a snapshot; it needs `environment`."""

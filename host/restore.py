@@ -251,7 +251,8 @@ def restore_postgres(
         archive.mkdir()
         if wal:
             say(f"{job.key}: WAL up to {wal.at:%Y-%m-%d %H:%M:%S}")
-            repository.restore(wal.id, folder)
+            begins = snapshot.facts.get("segment")  # a snapshot of WAL goes back to the base backup before the last
+            repository.restore(wal.id, folder, engines.since(begins) if begins else ())
         for file in (archive, *archive.rglob("*")):
             file.chmod(0o755 if file.is_dir() else 0o644)
         target = {}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -418,6 +419,66 @@ def test_what_is_stored_beside_the_backups_comes_back_and_the_newest_ten_are_kep
 )
 def test_the_segment_after_a_segment(segment: str, after: str) -> None:
     assert engines.following(segment) == after
+
+
+def test_of_wal_only_what_a_base_backup_can_need_is_brought_back(real: Repository, tmp_path: Path) -> None:
+    spool, numbers = tmp_path / "wal", (0x0, 0x1E, 0x1F, 0x20, 0xFF, 0x1_0000_001F, 0x2_0000_0000)
+    spool.mkdir()
+    for number in numbers:
+        for timeline in (1, 2):
+            (spool / f"{timeline:08X}{number:016X}").touch()
+    for name in ("00000002.history", "00000001000000000000001E.partial", "000000020000000200000001.partial"):
+        (spool / name).touch()
+    wal = real.save_folder(spool, ["job:j"])
+
+    def brought(*only: str) -> set[str]:
+        there = tmp_path / f"there-{len(only)}"
+        there.mkdir()
+        real.restore(wal.id, there, only)
+        return {path.name for path in there.rglob("*") if path.is_file()}
+
+    every = {path.name for path in spool.iterdir()}
+    assert brought() == every
+    wanted = brought(*engines.since("00000001000000000000001F"))
+    assert wanted == {name for name in every if name.endswith(".history") or name[8:24] >= f"{0x1F:016X}"}
+    assert brought(*engines.since("0000000200000001FFFFFFFF")) == {
+        "00000002.history", "000000020000000200000001.partial", *(f"{one:08X}{numbers[-1]:016X}" for one in (1, 2)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "segment", ["00000001000000000000001F", None]
+)  # None: of a base backup from before it was known
+def test_a_restore_asks_for_wal_from_the_segment_that_its_base_backup_knows(
+    segment: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str]] = []
+
+    def brought(_: Repository, __: str, ___: Path, only: Sequence[str] = ()) -> None:
+        asked.append(only)
+
+    monkeypatch.setattr(Repository, "restore", brought)
+    monkeypatch.setattr(Repository, "size", lambda *_: 0)
+    monkeypatch.setattr(restore, "mountpoint", lambda _: tmp_path)
+    monkeypatch.setattr(restore, "recovery", lambda *_: nullcontext())
+    monkeypatch.setattr(restore, "asked_postgres", lambda *_: {"problems": []})
+    for step in ("template", "same_version", "unpack"):
+        monkeypatch.setattr(restore, step, lambda *_: None)
+    base = replace(snapshot("aaaa", NOW), facts={"at": NOW, **({"segment": segment} if segment else {})})
+    kept, one = repository(base, snapshot("b", NOW + 50, "wal")), job(Places(tmp_path))
+    restore.restore_postgres(one, kept, base, None, "fresh", Phases("prepare"), print)
+    assert asked == [engines.since(segment) if segment else ()]
+
+
+def test_a_base_backup_knows_the_segment_of_wal_that_it_begins_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [{"Name": "v", "Destination": "/data"}]
+    monkeypatch.setattr(engines.Container, "said", lambda *_, **__: "150004|00000001000000000000001F\n")
+    container, data = engines.Container({"Id": "x", "Mounts": mounts}), PurePosixPath("/data/15")
+    server = engines.Postgres(container, "v", PurePosixPath("/bin"), 1, data, tmp_path, "/tmp", 1, (), "u")
+    facts = server.facts()
+    assert (facts["version"], facts["segment"], facts["inside"]) == (150004, "00000001000000000000001F", "15")
 
 
 def test_a_file_is_copied_once_and_again_when_it_was_written_to(tmp_path: Path) -> None:
