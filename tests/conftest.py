@@ -11,7 +11,7 @@ hypothesis.settings.register_profile("bulkhead", deadline=None)
 hypothesis.settings.load_profile("bulkhead")
 
 E2E = "tests/e2e/"
-APART = ("test_corpus.py", "test_bucket.py")
+APART = ("test_corpus.py", "test_bucket.py", "test_firewall.py")
 """End-to-end modules that deploy nothing."""
 
 

@@ -235,53 +235,22 @@ def overlay(deployment: Deployment, stack: str, document: Mapping[str, Any]) -> 
     deployment.settings(stack, compose=[*[file for file in files if file != name], name])
 
 
-def prods_container(engine: docker.DockerClient) -> str:
-    name: str = running(engine, PROD)[0].name
-    return name
-
-
 def on_worker(**keys: Any) -> dict[str, Any]:
     return {"services": {"worker": keys}}
 
 
-def dev_on_prods_network(_: docker.DockerClient) -> dict[str, Any]:
-    return {
-        "services": {"worker": {"networks": ["theirs"]}},
-        "networks": {"theirs": {"external": True, "name": f"{PROD}-backend"}},
-    }
-
-
-def dev_in_prods_container(engine: docker.DockerClient) -> dict[str, Any]:
-    document = (CHECKOUT / "examples/shop/compose.yaml").read_text()
-    assert "network_mode" not in document
-    return {
-        "services": {"spy": {"image": "debian:bookworm-slim", "network_mode": f"container:{prods_container(engine)}"}}
-    }
-
-
-def dev_on_prods_volume(_: docker.DockerClient) -> dict[str, Any]:
-    return {
-        "services": {"worker": {"volumes": ["theirs:/theirs"]}},
-        "volumes": {"theirs": {"external": True, "name": f"{PROD}-db-data"}},
-    }
-
-
-BAD_CHANGES: dict[str, tuple[str, Callable[[docker.DockerClient], dict[str, Any]], str]] = {
-    "dev attached to prod's network": (DEV, dev_on_prods_network, f"{PROD}-backend"),
-    "dev in a prod container's network": (DEV, dev_in_prods_container, "networkMode"),
-    "dev mounting prod's volume": (DEV, dev_on_prods_volume, f"{PROD}-db-data"),
-    "a prod service with a cpus limit": (
-        PROD,
-        lambda _: on_worker(deploy={"resources": {"limits": {"cpus": "0.5"}}}),
-        "cpus",
-    ),
-    "privileged": (DEV, lambda _: on_worker(privileged=True), "privileged"),
-    "the engine's socket mounted": (
+BAD_CHANGES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dev attached to prod's network": (
         DEV,
-        lambda _: on_worker(volumes=["/var/run/docker.sock:/var/run/docker.sock"]),
-        "docker.sock",
+        {
+            "services": {"worker": {"networks": ["theirs"]}},
+            "networks": {"theirs": {"external": True, "name": f"{PROD}-backend"}},
+        },
+        f"{PROD}-backend",
     ),
+    "a prod service with a cpus limit": (PROD, on_worker(deploy={"resources": {"limits": {"cpus": "0.5"}}}), "cpus"),
 }
+"""The other rules' are in the corpus, which takes less time: nothing is deployed there."""
 
 
 def refused(ran: subprocess.CompletedProcess[str], *named: str) -> None:
@@ -298,7 +267,7 @@ def test_preview_stops(change: str, deployment: Deployment, engine: docker.Docke
     before = fingerprint(engine)
     kept = (deployment.folder / f"Pulumi.{stack}.yaml").read_text()
     try:
-        overlay(deployment, stack, document(engine))
+        overlay(deployment, stack, document)
         refused(deployment.make("preview", stack), named, "Fix:")
     finally:
         (deployment.folder / f"Pulumi.{stack}.yaml").write_text(kept)
@@ -315,8 +284,7 @@ def test_preview_stops_prods_reservation_removed_from_the_ledger(
     del changed["bulkhead:environments"][PROD]["reservations"]
     try:
         ledger.write_text(yaml.safe_dump({"config": changed}))
-        for stack in ("host", PROD, DEV):
-            refused(deployment.make("preview", stack), PROD, "reservations")
+        refused(deployment.make("preview", "host"), PROD, "reservations")
     finally:
         ledger.write_text(kept)
     assert fingerprint(engine) == before
