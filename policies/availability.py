@@ -9,6 +9,7 @@ from typing import Any
 from policies.rule import BEST_EFFORT, ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, number, rule
 from policies.world import CONTAINER, IMAGE, JOB, VOLUME, Field, Resource
 from settings.ledger import Tier
+from settings.model import seconds
 
 DIGEST = re.compile(r"(?:^|@)sha256:[0-9a-f]{64}$")
 ROTATING = frozenset({"json-file", "local"})
@@ -116,7 +117,14 @@ def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
         yield Finding(
             repr(driver),
             "the engine itself would connect to where it says, past every wall between environments",
-            f"use one of {', '.join(sorted((ROTATING | SHIPPING) - CONNECTING))}, and ship logs from a service",
+            f"use one of {', '.join(sorted(ROTATING))}, and ship logs from a service",
+            at="logDriver",
+        )
+    elif about.tier == Tier.BEST_EFFORT and driver == "journald":
+        yield Finding(
+            repr(driver),
+            "what it prints pushes the host's and prod's own lines out of the journal",
+            f"use one of {', '.join(sorted(ROTATING))}",
             at="logDriver",
         )
     elif driver not in ROTATING | SHIPPING:
@@ -135,6 +143,63 @@ def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
                 'set logging.options: {max-size: 10m, max-file: "3"}',
                 at="logOpts.max-size",
             )
+
+
+@rule(
+    id="engine-work",
+    title="what the engine itself does for a best-effort environment is bounded",
+    references=("the engine's own processor time and memory are in no environment's slice",),
+    reads={
+        CONTAINER: ("logOpts.*", "healthcheck.interval", "healthcheck.startInterval", "stopTimeout"),
+    },
+    tiers=BEST_EFFORT,
+)
+def engine_work(field: Field, about: Subject) -> Iterator[Finding]:
+    """A log's `tag` is a template that the engine executes, `max-buffer-size` memory of its own; a healthcheck starts a
+    process each time, and a stop of the engine waits for the longest `stop_grace_period` of all containers."""
+    name, value = field.path.rpartition(".")[2], field.value
+    if value in (None, ""):
+        return
+    if field.path.startswith("logOpts.") and _ours(about) and not _bounded(name, str(value)):
+        yield Finding(
+            f"{name}={value}",
+            "the engine itself would spend memory, time or disk on it as a container of dev's likes",
+            "use max-size up to 100m, max-file up to 10, compress, labels and env",
+        )
+    elif name in ("interval", "startInterval") and not _seldom(str(value)):
+        yield Finding(
+            repr(value), "each check starts a process, in the engine's own time", "check once a second at most"
+        )
+    elif name == "stopTimeout" and value > LONGEST_STOP:
+        yield Finding(
+            f"{value:g} s", "a restart of the engine waits for it", f"set stop_grace_period to at most {LONGEST_STOP}s"
+        )
+
+
+LONGEST_STOP = 600
+"""Seconds. systemd gives Docker's own unit 90 to stop."""
+
+_SIZE = re.compile(r"(\d{1,9})([kmg]?)b?", re.IGNORECASE)
+
+
+def _ours(about: Subject) -> bool:
+    return about.one("logDriver") in (None, "", *ROTATING)  # others are log-rotation's to refuse
+
+
+def _bounded(name: str, value: str) -> bool:
+    if name == "max-size":
+        size = _SIZE.fullmatch(value)
+        return size is not None and int(size[1]) * 1024 ** " kmg".index(size[2].lower() or " ") <= 100 * 2**20
+    if name == "max-file":
+        return value.isdecimal() and int(value) <= 10
+    return name in ("compress", "labels", "labels-regex", "env", "env-regex") or (name, value) == ("mode", "blocking")
+
+
+def _seldom(interval: str) -> bool:
+    try:
+        return not 0 < seconds(interval) < 1
+    except ValueError:
+        return False
 
 
 @rule(

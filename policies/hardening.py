@@ -19,7 +19,7 @@ from policies.rule import (
     number,
     rule,
 )
-from policies.world import BUILT, CONTAINER, IMAGE, NETWORK, Field, Resource
+from policies.world import BUILT, CONTAINER, IMAGE, NETWORK, VOLUME, Field, Resource
 from settings.reads import STATE
 
 BASELINE_CAPABILITIES = frozenset(
@@ -361,7 +361,7 @@ def sysctls(field: Field, _about: Subject) -> Iterator[Finding]:
     reads=MOUNTS,
     links=LINKS,
     tiers=EVERYWHERE,
-    exemptable=ENVIRONMENTS,
+    exemptable=PROTECTED,
     options={
         "writable": listed(
             ["/srv/{environment}"],
@@ -419,6 +419,26 @@ def _read_only(field: Field, about: Subject) -> bool:
 def _folder(written: str, about: Subject) -> str:
     checkout = about.world.settings.folder
     return normal(written.replace("{environment}", about.resource.stack).replace("{checkout}", str(checkout)))
+
+
+@rule(
+    id="volume-type",
+    title="volumes are folders or memory, and no other file system of the host's kernel",
+    references=("proc, sysfs and cgroup2 as the type of a local volume", "PSS baseline: HostPath Volumes"),
+    reads={VOLUME: ("driverOpts.type",), CONTAINER: ("mounts.volumeOptions.driverOptions.type",)},
+    tiers=EVERYWHERE,
+    exemptable=PROTECTED,
+)
+def volume_type(field: Field, about: Subject) -> Iterator[Finding]:
+    """The engine mounts a `local` volume in the host's own namespaces: as proc or sysfs it is the host's, writable, as
+    cgroup2 all limits, as overlay any folders. `none` is a bind mount, whose folder host-path judges."""
+    if field.value not in (None, "", "none", "tmpfs"):
+        yield Finding(
+            repr(field.value),
+            "the engine mounts it on the host, with what the host has there: switches of the kernel, limits of every "
+            "environment, folders by other names",
+            f"use a plain volume, tmpfs, or type: none with o: bind and a folder in /srv/{about.resource.stack}",
+        )
 
 
 @rule(
@@ -579,6 +599,43 @@ def ulimits(field: Field, about: Subject) -> Iterator[Finding]:
             "without an upper end one container takes what the kernel has for all",
             f"set a number of at most {about.options['most']:g}",
         )
+
+
+@rule(
+    id="real-time",
+    title="a best-effort environment has no limits that give priority",
+    references=("rtprio: a thread of SCHED_FIFO runs before every weight of every slice",),
+    reads={CONTAINER: ("ulimits.name",)},
+    tiers=BEST_EFFORT,
+)
+def real_time(field: Field, _about: Subject) -> Iterator[Finding]:
+    """Raising a thread's priority up to `rtprio` or `nice` needs no capability."""
+    if field.value is not None and field.value not in SAFE_ULIMITS:
+        yield Finding(
+            repr(field.value),
+            "its threads may run before prod's, whatever their slices weigh",
+            f"remove it; known to be harmless are {', '.join(sorted(SAFE_ULIMITS))}",
+        )
+
+
+SAFE_ULIMITS = frozenset(
+    {
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nofile",
+        "nproc",
+        "rss",
+        "sigpending",
+        "stack",
+    }
+)
+"""getrlimit(2), without nice, rtprio and rttime."""
 
 
 @rule(

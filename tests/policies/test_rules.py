@@ -51,6 +51,8 @@ HEADLINE = {
     "address-reach",
     "image-owner",
     "build-reach",
+    "engine-work",
+    "real-time",
     "foreign-files",
     "refresh-masked",
     "stack-reference",
@@ -305,7 +307,7 @@ ONLY_PROTECTED = {
     "volume-backup",
     "backup-verified",
 }
-ONLY_BEST_EFFORT = {"public-ports", "best-effort-command", "build-reach"}
+ONLY_BEST_EFFORT = {"public-ports", "best-effort-command", "build-reach", "engine-work", "real-time"}
 NOT_THE_HOST = {
     "service-fits",
     "refresh-masked",
