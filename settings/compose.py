@@ -121,7 +121,9 @@ def read(
                 "environment": environment,
                 "files": tuple(str(file) for file in files),
                 "notes": (*_notes(model), *_unread(hidden & sources.interpolated() - set(rendered.unset))),
-                "variable_files": tuple(sorted(set(sources.variable_files()))),
+                "variable_files": tuple(
+                    sorted(set(sources.variable_files({**inherited, **given}.get("HOME") or "$HOME")))
+                ),
                 **{
                     section: {
                         name: _adapted(section, name, entry or {}, rendered.extensions, environment, model)

@@ -382,7 +382,8 @@ class Config(Frozen):
 class Project(Frozen):
     """An environment's services and what they share, from one or several compose files.
 
-    `variable_files`: (key, path) of each env_file and label_file, whose content Compose has put into the services.
+    `variable_files`: (key, path) of each env_file and label_file, whose content Compose has put into the services, also
+    of services that no profile enables; and of each file that is included or extended and not known.
 
     >>> project = read([Path("compose.yaml"), Path("compose.prod.yaml")], environment="prod")
     >>> project.order()

@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 from settings.ledger import EnvironmentShares, Tier
 from settings.model import Build, Project
+from settings.sources import UNRESOLVED
 
 NEEDED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "DOCKER_CONFIG")
 """What Compose itself needs; nothing of it is a secret."""
 
 STATE = ".bulkhead"
 """The folder of the checkout where Pulumi's state and its passphrase are, and with them every secret."""
-
-UNRESOLVED = "$"
-"""A path with it is not known: it was read from the file, which Compose had not interpolated."""
 
 
 class Read(NamedTuple):
@@ -34,8 +32,9 @@ def inherited(variables: Mapping[str, str], promised: EnvironmentShares) -> dict
     return {name: value for name, value in variables.items() if name in (*NEEDED, *promised.inherit)}
 
 
-def reads(project: Project) -> Iterator[Read]:
-    """Every file and folder of the deployer's machine that a project's deploy opens, and bind mounts of it."""
+def reads(project: Project, *, idle: bool = False) -> Iterator[Read]:
+    """Every file and folder of the deployer's machine that a project's deploy opens, and bind mounts of it. `idle`:
+    also the variables of services that no profile enables."""
     for key, secret in sorted(project.secrets.items()):
         if secret.file is not None:
             yield Read(f"secrets.{key}.file", Path(secret.file), secret=True)
@@ -43,7 +42,9 @@ def reads(project: Project) -> Iterator[Read]:
         if config.file is not None:
             yield Read(f"configs.{key}.file", Path(config.file))
     for key, path in project.variable_files:
-        yield Read(key, Path(path), secret=True)
+        section, _, rest = key.partition(".")
+        if idle or section != "services" or any(rest.startswith(f"{name}.") for name in project.services):
+            yield Read(key, Path(path), secret=True)
     beside = Path(project.files[0]).parent / ".env"
     if beside.is_file():
         yield Read(beside.name, beside, secret=True)  # Compose reads it unasked
@@ -69,7 +70,11 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
     confidential file may be its own.
     """
     theirs = {
-        one.path.resolve(): name for name, other in protected.items() if other for one in reads(other) if one.secret
+        one.path.resolve(): name
+        for name, other in protected.items()
+        if other
+        for one in reads(other, idle=True)
+        if one.secret
     }
     theirs |= {(folder / STATE).resolve(): name for name in protected}
     unknown = next((name for name, other in sorted(protected.items()) if other is None), "")

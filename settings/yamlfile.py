@@ -35,6 +35,15 @@ class YamlFile:
 
     def scalar(self, loc: Loc) -> str | None:
         """The plain value at `loc` as it is written; None if there is none, or a list or mapping."""
+        node = self._node(loc)
+        return str(node.value) if isinstance(node, yaml.ScalarNode) else None
+
+    def tag(self, loc: Loc) -> str | None:
+        """The tag of the value at `loc`, such as `!override`; None if it is not written, or only merged in."""
+        node = self._node(loc)
+        return node.tag if node else None
+
+    def _node(self, loc: Loc) -> yaml.Node | None:
         node = self._root
         for part in loc:
             if isinstance(node, yaml.MappingNode):
@@ -43,7 +52,7 @@ class YamlFile:
                 node = node.value[part]
             else:
                 return None
-        return str(node.value) if isinstance(node, yaml.ScalarNode) else None
+        return node
 
     def at(self, loc: Loc) -> str:
         """`name:line` of the key at `loc`, or of its nearest written parent; the bare name if none is written."""

@@ -24,6 +24,7 @@ from settings.project import (
     refreshed,
     root,
 )
+from settings.sources import Sources
 
 LEDGER = LedgerSettings.model_validate(
     {
@@ -411,6 +412,151 @@ def test_the_env_file_that_compose_reads_unasked_is_prods_too(checkout: Path) ->
     (checkout / ".env").write_text("PASSWORD=x\n")
     reading(checkout, WEB, "prod")
     assert told(checkout, WEB)[".env"] == {"path": ".env", "owner": "prod"}
+
+
+def files(checkout: Path, **written: str) -> None:
+    """Files below the checkout, `__` standing for a folder's `/` and `_` for a name's dot."""
+    for name, text in written.items():
+        path = checkout / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+INCLUDED = "services: {job: {image: x, env_file: ./inner.env}}\n"
+OF_PROD = "services: {web: {env_file: [srv/prod.env]}}\n"
+
+OPENED = {
+    "replaced": ("services: {web: {env_file: !override [srv/prod.env]}}", "services.web.env_file", "srv/prod.env"),
+    "replaced whole": (
+        "services: !override {web: {image: x, env_file: srv/prod.env}}",
+        "services.web.env_file",
+        "srv/prod.env",
+    ),
+    "a service by a word for true": (
+        "services: {on: {image: x, env_file: srv/prod.env}}",
+        "services.on.env_file",
+        "srv/prod.env",
+    ),
+    "as base64": ("services: {web: {env_file: !!binary c3J2L3Byb2QuZW52}}", "services.web.env_file", "srv/prod.env"),
+    "of the home folder": ("services: {web: {env_file: ~/prod.env}}", "services.web.env_file", "srv/prod.env"),
+    "back through a link": (
+        "services: {web: {env_file: link/../srv/prod.env}}",
+        "services.web.env_file",
+        "srv/prod.env",
+    ),
+    "of an include": ("include: [{path: inc/i.yaml, env_file: srv/prod.env}]", "include.env_file", "srv/prod.env"),
+    "beside what is included": ("include: [inc/i.yaml]", "include.env_file", "inc/.env"),
+    "in a project directory": (
+        "include: [{path: inc/i.yaml, project_directory: other}]",
+        "include.env_file",
+        "other/.env",
+    ),
+    "from an included file's folder": ("include: [inc/i.yaml]", "services.job.env_file", "inc/inner.env"),
+    "from an include's project directory": (
+        "include: [{path: inc/i.yaml, project_directory: other}]",
+        "services.job.env_file",
+        "other/inner.env",
+    ),
+    "from an extended file's folder": (
+        "services: {web: {extends: {file: inc/i.yaml, service: job}}}",
+        "services.web.env_file",
+        "inc/inner.env",
+    ),
+    "by an extended service": (
+        "services: {web: {extends: base}, base: {image: x, env_file: srv/prod.env}}",
+        "services.web.env_file",
+        "srv/prod.env",
+    ),
+}
+
+
+@pytest.mark.parametrize(("dev", "key", "path"), OPENED.values(), ids=OPENED)
+def test_a_file_of_variables_is_told_as_compose_finds_it(
+    dev: str, key: str, path: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(checkout / "srv"))
+    files(checkout, srv__prod_env="A=1\n", inc__i_yaml=INCLUDED, inc___env="B=1\n", other___env="C=1\n")
+    files(checkout, inc__inner_env="A=1\n", other__inner_env="A=1\n", far__away__x="")
+    (checkout / "link").symlink_to("far/away")
+    assert told(checkout, dev)[key] == {"path": path, "owner": ""}
+    reading(checkout, f"services: {{web: {{env_file: {path}}}}}", "prod")
+    assert told(checkout, dev)[key]["owner"] == "prod"
+
+
+def test_every_file_of_a_list_is_read_from_the_folder_of_the_first(checkout: Path) -> None:
+    files(checkout, b__c__dev_yaml="services: {web: {env_file: ./srv/prod.env}}\n", srv__prod_env="A=1\n")
+    reading(checkout, OF_PROD, "prod")
+    settings(checkout, "  bulkhead:compose: [compose.yaml, b/c/dev.yaml]\n", "dev")
+    dev = read_project(read_environment("dev", checkout), LEDGER)
+    assert foreign_reads(dev, LEDGER, others("dev", LEDGER, checkout), checkout) == {
+        "services.web.env_file": {"path": "srv/prod.env", "owner": "prod"}
+    }
+
+
+def test_the_home_folder_is_the_one_that_compose_is_given(checkout: Path) -> None:
+    files(checkout, srv__prod_env="A=1\n")
+    reading(checkout, OF_PROD, "prod")
+    (checkout / "dev.yaml").write_text("services: {web: {env_file: ~/prod.env}}\n")
+    variables = f"  bulkhead:variables: {{HOME: {checkout}/srv}}\n"
+    settings(checkout, f"  bulkhead:compose: [compose.yaml, dev.yaml]\n{variables}", "dev")
+    dev = read_project(read_environment("dev", checkout), LEDGER)
+    found = foreign_reads(dev, LEDGER, others("dev", LEDGER, checkout), checkout)
+    assert found["services.web.env_file"]["owner"] == "prod"
+
+
+@pytest.mark.parametrize(
+    ("dev", "key", "path"),
+    [
+        ("include: ['${INC:-inc.yaml}']", "include", "${INC:-inc.yaml}"),
+        ("include: [{path: ['inc.yaml', '${INC:-two.yaml}']}]", "include", "${INC:-two.yaml}"),
+        ("services: {web: {extends: {file: '${INC:-inc.yaml}', service: job}}}", "services.web.extends.file", "${INC"),
+        ("services: {web: {env_file: '${INC:-inner}.env'}}", "services.web.env_file", "${INC:-inner}.env"),
+    ],
+    ids=["an include", "one of several", "an extended file", "variables"],
+)
+def test_a_file_that_only_compose_can_find_is_not_known(dev: str, key: str, path: str, checkout: Path) -> None:
+    files(checkout, inc_yaml=INCLUDED, two_yaml="services: {}\n", inner_env="A=1\n")
+    for name in ("${INC:-inc.yaml}", "${INC:-two.yaml}"):
+        (checkout / name).write_text("services: {}\n")  # Compose does not open it
+    assert path in told(checkout, dev)[key]["path"]
+
+
+@pytest.mark.parametrize("reference", ["https://x.example/y.git", "github.com/x/y", "oci://x/y", "git@x:y"])
+def test_a_reference_that_compose_may_fetch_is_not_followed(reference: str, checkout: Path) -> None:
+    files(checkout, dev_yaml=f"include: ['{reference}']\n")
+    decoy = checkout / reference
+    decoy.parent.mkdir(parents=True, exist_ok=True)
+    decoy.write_text(INCLUDED)
+    assert [*Sources([checkout / "dev.yaml"]).variable_files("/")] == [("include", f"$({reference})")]
+
+
+NOT_OPENED = {
+    "reset": "services: {web: {env_file: !reset null}}",
+    "replaced": "services: {web: {env_file: !override [own.env]}}",
+    "with its service": "services: {web: !override {image: x}}",
+    "with all services": "services: !override {web: {image: x}}",
+}
+
+
+@pytest.mark.parametrize("dev", NOT_OPENED.values(), ids=NOT_OPENED)
+def test_what_a_later_file_takes_away_is_not_read(dev: str, checkout: Path) -> None:
+    files(checkout, compose_yaml="services: {web: {image: x, env_file: prod.env}}\n", prod_env="", own_env="")
+    assert told(checkout, WEB)["services.web.env_file"]["path"] == "prod.env"
+    assert "prod.env" not in {one["path"] for one in told(checkout, dev).values()}
+
+
+def test_the_including_file_takes_away_no_service_of_what_it_includes(checkout: Path) -> None:
+    files(checkout, inc__i_yaml=INCLUDED, inc__inner_env="A=1\n")
+    dev = "include: [inc/i.yaml]\nservices: !override {web: {image: x}}"
+    assert told(checkout, dev)["services.job.env_file"]["path"] == "inc/inner.env"
+
+
+def test_a_service_that_no_profile_enables_reads_nothing_and_its_files_are_prods_all_the_same(checkout: Path) -> None:
+    files(checkout, tool_env="A=1\n")
+    tool = "services: {tool: {image: x, env_file: tool.env, profiles: [tool]}}"
+    assert told(checkout, tool) == {}
+    reading(checkout, tool, "prod")
+    assert told(checkout, "services: {web: {env_file: tool.env}}")["services.web.env_file"]["owner"] == "prod"
 
 
 def test_a_secret_may_be_prods_as_long_as_prods_compose_files_cannot_be_read(checkout: Path) -> None:
