@@ -1,5 +1,7 @@
 """What the backup benchmark makes of its numbers: ratios of what ran in one run, and the page that tells them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from bench import backup
@@ -66,3 +68,8 @@ def test_the_page_tells_the_machine_the_load_and_every_ratio() -> None:
         assert part in " ".join(told.split()), part
     for what, ratio, _ in backup.ratios(found()):
         assert f"| {what} | {ratio} |" in told
+
+
+def test_the_published_page_is_what_the_published_numbers_say() -> None:
+    folder = Path(__file__).parents[2] / backup.DOCS
+    assert backup.page(json.loads((folder / "backup.json").read_text())) == (folder / "backup.md").read_text()
