@@ -94,7 +94,10 @@ def inputs(args: ImageArgs) -> dict[str, Any]:
             "dockerfile": args.build.dockerfile,
             "target": args.build.target,
             "buildArgs": dict(args.build.args),
-            "fetches": list(fetches((context / args.build.dockerfile).read_text(errors="replace"), args.build.args)),
+            # As bytes: to BuildKit a carriage return alone ends no line.
+            "fetches": list(
+                fetches((context / args.build.dockerfile).read_bytes().decode(errors="replace"), args.build.args)
+            ),
             "cgroupParent": args.cgroup_parent,
         }
     return told
@@ -106,7 +109,8 @@ async def built(reference: str, args: ImageArgs) -> None:
     if args.build is None or not parent:
         raise RuntimeError(f"{reference}: the host stack names no slice; deploy the ledger first: make up ENV=host")
     command = build_command(reference, args, args.build, parent)
-    await asyncio.to_thread(_build, reference, command, os.environ | {"DOCKER_HOST": host.address(args.host)})
+    variables = os.environ | {"DOCKER_HOST": host.address(args.host)}
+    await asyncio.to_thread(_build, reference, command, variables, args.tier)
 
 
 def build_command(reference: str, args: ImageArgs, build: Build, parent: str) -> list[str]:
@@ -124,7 +128,16 @@ def build_command(reference: str, args: ImageArgs, build: Build, parent: str) ->
     ]
 
 
-def _build(reference: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
+def own_cache(tier: Tier, buildkit: bool) -> list[str]:
+    """Options so that a build takes no layer of another environment's.
+
+    A cache mount with an id of its own leaves that out of a layer's key in BuildKit: what dev put into the mount, dev's
+    layer has, and prod's build would take it. An image is built once for each content, so that little is lost.
+    """
+    return ["--no-cache"] if buildkit and tier is Tier.PROTECTED else []
+
+
+def _build(reference: str, command: Sequence[str], variables: Mapping[str, str], tier: Tier) -> None:
     look = ["docker", "image", "inspect", "--format", "{{.Id}}", reference]
     if subprocess.run(look, env=variables, capture_output=True, check=False).returncode == 0:
         return
@@ -136,7 +149,7 @@ def _build(reference: str, command: Sequence[str], variables: Mapping[str, str])
     pulumi.log.info(f"building {reference} in its environment's slice")
     try:
         ran = subprocess.run(
-            command,
+            [*command[:2], *own_cache(tier, buildkit), *command[2:]],
             env={**variables, "DOCKER_BUILDKIT": str(int(buildkit))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

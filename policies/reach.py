@@ -506,18 +506,17 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
         "ADD http://169.254.169.254 is fetched by the engine, past every firewall rule",
         "a proxy is in no cache key: what it put into a layer, prod's build takes",
     ),
-    reads={BUILT: ("build.fetches", "build.buildArgs.*"), IMAGE: ("build.context",)},
+    reads={BUILT: ("build.fetches", "build.buildArgs.*"), IMAGE: ("build.context",), PUSHED: ("build.context",)},
     tiers=BEST_EFFORT,
 )
 def build_reach(field: Field, about: Subject) -> Iterator[Finding]:
     """What RUN does, happens on the engine's default bridge and under the firewall; what the builder does, does not."""
-    if about.resource.type == IMAGE:
-        if field.value:
-            yield Finding(
-                "built by the provider",
-                "what its Dockerfile makes the engine fetch is not known here",
-                "build it with components.image (build in Compose)",
-            )
+    if about.resource.type in (IMAGE, PUSHED):
+        yield Finding(
+            "built by the provider",
+            "what its Dockerfile makes the engine fetch is not known here",
+            "build it with components.image (build in Compose)",
+        )
     elif field.path.startswith("build.buildArgs."):
         name = field.path.removeprefix("build.buildArgs.")
         if PREDEFINED.fullmatch(name):

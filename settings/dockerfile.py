@@ -1,72 +1,164 @@
 """What a Dockerfile makes the engine itself fetch: past the slice and the firewall of the environment it is built for.
-Read to refuse, not to build: what may be such a line counts as one."""
+Read to refuse, not to build: what may be such a line counts as one. Rules of reading are BuildKit's (its parser)."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
+from typing import NamedTuple
 
 FRONTENDS = re.compile(r"(?:docker\.io/)?docker/dockerfile(?::[\w.-]+)?(?:@sha256:[0-9a-f]{64})?")
 """Docker's own; another may take a file for anything (docs.docker.com, "Custom Dockerfile syntax")."""
 
-_DIRECTIVE = re.compile(
-    r"^\s*(?:#|//)\s*syntax\s*=\s*(\S+)|\"syntax\"\s*:\s*\"([^\"]*)\"", re.IGNORECASE | re.MULTILINE
-)
-_ADD = re.compile(r"^\s*(?:ONBUILD\s+)?ADD\s(.*)$", re.IGNORECASE | re.MULTILINE)
-_FROM = re.compile(r"^\s*FROM\s+(?:--\S+\s+)*(\S+)|(?:^|[\s,])(?:--from=|from=)([^\s,]+)", re.IGNORECASE | re.MULTILINE)
-_ARGUMENT = re.compile(r"^\s*ARG\s+(\w+)=[\"']?([^\s\"']*)", re.IGNORECASE | re.MULTILINE)
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-_REMOTE = re.compile(r"://|^git@|\.git(?:[#?]|$)|^(?:github|gitlab)\.com/|\$")
-_HEREDOC = re.compile(r"<<-?(\S+)")
+PLATFORM = tuple(f"{of}{part}" for of in ("TARGET", "BUILD") for part in ("PLATFORM", "OS", "ARCH", "VARIANT"))
+"""ARGs that BuildKit itself gives a value: `linux/amd64` and parts of it."""
+
+_DIRECTIVE = re.compile(r"^\s*(?:#|//)\s*syntax\s*=\s*(\S+)", re.IGNORECASE | re.MULTILINE)
+_ESCAPE = re.compile(r"^\s*#\s*escape\s*=\s*`", re.IGNORECASE | re.MULTILINE)
+_SHEBANG = re.compile(r"#!.*\n?")
+_COMMENT = re.compile(r"^\s*#.*\n?", re.MULTILINE)
+_INSTRUCTION = re.compile(r"\s*(?:ONBUILD\s+)*(\w+)\s+(.*)", re.IGNORECASE | re.ASCII)
+_OPTION = re.compile(r"--(?:[^\s\"'\\]|\\.|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')*(?=\s|$)\s*", re.ASCII)
+_QUOTING = re.compile(r"\\(.)|[\"']")
+_FROM = re.compile(r"--from=(.*)", re.IGNORECASE)
+_MOUNTED = re.compile(r"[=,\"]from=([^,\"]*)", re.IGNORECASE)
+_STAGE = re.compile(r"\s+AS\s+([a-z][\w.-]*)\s*$", re.IGNORECASE | re.ASCII)
+_ARGUMENT = re.compile(r"(\w+)=(?:\"([^\"]*)\"|'([^']*)'|(\S*))", re.ASCII)
+_SET = re.compile(r"(\w+)(?:=|\s)", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_LOCAL = re.compile(r"(?!(?:github|gitlab)\.com/|git@)[\w./*?+@,=~-]+")
+_HEREDOC = re.compile(r"(?:^|\s)\d*<<-?([^\s<]\S*)")
 _PLAIN_WORD = re.compile(r"([\"']?)\w+\1")
+_NAME = re.compile(r"[\w./:@-]+", re.ASCII)
+_NUMBER = re.compile(r"(?:.*\.)?(?:\d+|0x[0-9a-f]*)\.?", re.IGNORECASE | re.ASCII)
+
+
+class _Instruction(NamedTuple):
+    """One line, joined. `options`: without quotes and escapes; `rest`: what follows them, as written."""
+
+    keyword: str
+    options: tuple[str, ...]
+    rest: str
 
 
 def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
     """What the engine would fetch for this Dockerfile beside images by name, each in a few words for a message.
 
-    `ADD` of an address, of a Git repository or of what a variable holds; an image of a registry that is named by its
-    address; and what cannot be told: another frontend, a heredoc whose end is not a plain word, an image whose name
-    is in no ARG. `arguments`: the build's own values of ARGs.
+    `ADD` of what is no plain path: an address, a Git repository, what a variable holds; an image of a registry that is
+    named by its address; and what cannot be told: another frontend, a heredoc whose end is not a plain word, an image
+    whose name is in no ARG. `arguments`: the build's own values of ARGs.
     """
-    text = text.lstrip("\ufeff").replace("\r\n", "\n")
-    known = {**dict(_ARGUMENT.findall(text)), **arguments}
     found: dict[str, None] = {}
-    for directive in _DIRECTIVE.finditer(text):
-        frontend = directive[1] or directive[2] or ""
+    text = text.lstrip("\ufeff").replace("\r\n", "\n")
+    if _SHEBANG.sub("", text, count=1).lstrip().startswith("{"):
+        found["a Dockerfile in JSON"] = None  # only another frontend can read it
+    for frontend in _DIRECTIVE.findall(text):
         if not FRONTENDS.fullmatch(frontend):
             found[f"syntax={frontend}"] = None
-    for word in _HEREDOC.findall(text):
-        if not _PLAIN_WORD.fullmatch(word):
-            found[f"a heredoc <<{word}"] = None
     for view in _views(text):
-        for line in _ADD.findall(view):
-            for source in re.split(r"[\s\"',\[\]]+", line):
-                if not source.startswith("--") and _REMOTE.search(source):
+        known = _known(view, arguments)
+        for one in view:
+            for word in _HEREDOC.findall(one.rest) if one.keyword in ("run", "add", "copy") else ():
+                if not _PLAIN_WORD.fullmatch(word):
+                    found[f"a heredoc <<{word}"] = None
+            for option in one.options:
+                if not option.isascii() or option in ("--from", "--mount"):
+                    found[f"an option {option}"] = None  # where it ends, depends on the engine's version
+            for source in _sources(one.rest) if one.keyword == "add" else ():
+                if not all(_LOCAL.fullmatch(value) for value in _values(source, known)):
                     found[f"ADD {source}"] = None
-        for names in _FROM.findall(view):
-            image = _VARIABLE.sub(lambda one: known.get(one[1] or one[2], one[0]), names[0] or names[1])
-            if _by_address(image) or "$" in image.partition("/")[0].partition(":")[0]:
-                found[f"FROM {image}"] = None
+    found |= {f"FROM {image}": None for image in images(text, arguments) if _by_address(image)}
     yield from found
 
 
-def _views(text: str) -> Iterator[str]:
-    """The text as it may be read: lines as they are, and joined at either of the two characters that may join them.
+def images(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
+    """The images that a Dockerfile's `FROM`, `--from=` and mounts name, with every value that an ARG in them may have:
+    each once, without stages of the same file."""
+    found: dict[str, None] = {}
+    for view in _views(text.lstrip("\ufeff").replace("\r\n", "\n")):
+        first = next((place for place, one in enumerate(view) if one.keyword == "from"), len(view))
+        shared, known = _known(view[:first], arguments), _known(view, arguments)
+        # In a heredoc may stand what only looks like a stage.
+        heredoc = any(_HEREDOC.search(one.rest) for one in view)
+        stages = {"", "scratch"}
+        for one in view:
+            named = list(_values(one.rest.split()[0], shared)) if one.keyword == "from" and one.rest.strip() else []
+            for option in one.options if one.keyword in ("copy", "add", "run") else ():
+                written = [*_FROM.findall(option), *(_MOUNTED.findall(option) if option.startswith("--mount") else ())]
+                named += [value for name in written for value in _values(name, known)]
+            found |= {name: None for name in named if name.lower() not in stages and not name.isdigit()}
+            if one.keyword == "from" and not heredoc and (stage := _STAGE.search(one.rest)):
+                stages.add(stage[1].lower())
+    yield from found
 
-    Which one does says a directive, and within a heredoc neither does. Comments between joined lines vanish.
+
+def _views(text: str) -> Iterator[list[_Instruction]]:
+    """The file as it may be read: its lines joined where engines before and after BuildKit 0.13 join them.
+
+    To these an escaped escape character joins nothing. Comments and empty lines between joined lines vanish. Within a
+    heredoc nothing is joined, but its last line is a plain word, so that the line after it begins anew here too.
     """
-    yield text
-    for escape in ("\\", "`"):
-        yield re.sub(rf"{re.escape(escape)}[ \t]*\n(?:[ \t]*(?:#.*)?\n)*", "", text)
+    escapes = ("\\", "`") if _ESCAPE.search(text) else ("\\",)
+    text = _COMMENT.sub("", text)
+    for escape in escapes:
+        sign = re.escape(escape)
+        for before in ("", f"(?<!{sign})"):
+            joined = re.sub(rf"{before}{sign}[ \t]*\n(?:[ \t\r\f\v]*\n)*", "", text)
+            yield [
+                _instruction(found[1], found[2]) for line in joined.split("\n") if (found := _INSTRUCTION.match(line))
+            ]
+
+
+def _instruction(keyword: str, rest: str) -> _Instruction:
+    options = []
+    while option := _OPTION.match(rest):
+        options.append(_QUOTING.sub(r"\1", option[0].strip()))
+        rest = rest[option.end() :]
+    return _Instruction(keyword.lower(), tuple(options), rest)
+
+
+def _sources(rest: str) -> list[str]:
+    """What an ADD takes: all but its last word. Heredocs of plain words are the file's own text."""
+    try:
+        words = json.loads(rest) if rest.startswith("[") else rest.split()
+    except (ValueError, RecursionError):
+        return [rest]
+    return [
+        str(word)
+        for word in words[:-1]
+        # An escape character that is left over joins in another view.
+        if word not in ("\\", "`") and not ((end := _HEREDOC.fullmatch(str(word))) and _PLAIN_WORD.fullmatch(end[1]))
+    ]
+
+
+def _known(view: list[_Instruction], arguments: Mapping[str, str]) -> dict[str, list[str]]:
+    """The values that each ARG may have: the build's own, or else every one that a line gives it. ENV comes before it,
+    so what has a line of that is not known."""
+    found = {name: ["linux"] for name in PLATFORM}
+    for one in view:
+        for name, *values in _ARGUMENT.findall(one.rest) if one.keyword == "arg" else ():
+            found.setdefault(name, []).append("".join(values))
+    found |= {name: [value] for name, value in arguments.items()}
+    hidden = {name for one in view if one.keyword == "env" for name in _SET.findall(one.rest)}
+    return {name: values for name, values in found.items() if name not in hidden}
+
+
+def _values(word: str, known: Mapping[str, list[str]]) -> Iterator[str]:
+    """What a word may be once its variables have their values; variables that are not known stay."""
+    name = next((name for one in _VARIABLE.findall(word) if (name := "".join(one)) in known), None)
+    if name is None:
+        yield word
+        return
+    others = {other: values for other, values in known.items() if other != name}
+    for value in known[name]:
+        text = _VARIABLE.sub(lambda one, value=value: value if name in one.groups() else one[0], word)  # type: ignore[misc]
+        yield from _values(text, others)
 
 
 def _by_address(image: str) -> bool:
-    """Whether an image's registry is this machine, or an address: `10.81.0.3:5000/x`."""
+    """Whether an image's registry is this machine, or an address: `10.81.0.3:5000/x`. What is no plain name may be."""
+    if not _NAME.fullmatch(image):
+        return True
     registry, _, rest = image.partition("/")
-    host = registry.rpartition(":")[0] if ":" in registry and not registry.startswith("[") else registry
-    if not rest:
-        return False
-    try:
-        ip_address(host.strip("[]"))
-    except ValueError:
-        return host == "localhost"
-    return True
+    host = registry.partition(":")[0].lower()
+    # A name that ends in a number is an address, however it is written: 10.81.3, 0x0a510003.
+    return bool(rest) and (host == "localhost" or host.endswith(".localhost") or bool(_NUMBER.fullmatch(host)))

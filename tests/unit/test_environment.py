@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.environment import Environment, EnvironmentArgs, allocate, is_internal, notes
-from components.image import ImageArgs, build_command
+from components.image import ImageArgs, build_command, own_cache
 from settings.compose import Build, Network, Project
 from settings.dockerfile import fetches
 from settings.errors import SettingsError
@@ -241,6 +241,9 @@ def test_a_build_shares_no_cache_mount_with_another_environments(tmp_path: Any) 
     build = Build(context=str(tmp_path), args={"BUILDKIT_CACHE_MOUNT_NS": "prod"})
     args = ImageArgs(environment="dev", tier=Tier.BEST_EFFORT, service="api", cgroup_parent="", build=build)
     command = build_command("bulkhead/dev-api:1", args, build, "/bulkhead-dev")
+    assert own_cache(Tier.PROTECTED, buildkit=True) == ["--no-cache"]
+    assert not own_cache(Tier.BEST_EFFORT, buildkit=True)
+    assert not own_cache(Tier.PROTECTED, buildkit=False)
     # Of two values of one argument docker takes the last.
     assert [word for word in command if "CACHE_MOUNT_NS" in word][-1] == "BUILDKIT_CACHE_MOUNT_NS=dev"
 
@@ -266,7 +269,20 @@ def test_a_build_shares_no_cache_mount_with_another_environments(tmp_path: Any) 
         ("FROM 10.81.0.3:5000/a\n", ["FROM 10.81.0.3:5000/a"]),
         ("FROM --platform=linux/amd64 localhost/a AS b\n", ["FROM localhost/a"]),
         ("FROM a AS b\nCOPY --from=b /x /x\nRUN --mount=type=bind,from=127.0.0.1/c x\n", ["FROM 127.0.0.1/c"]),
-        ("ARG V=3.11\nARG BASE=python\nFROM ${BASE}:$V\nFROM python:${OTHER}\n", []),
+        ("ARG V=3.11\nARG BASE=python\nFROM ${BASE}:$V\nFROM base-${TARGETARCH}\n", []),
+        ("FROM python:${OTHER}\n", ["FROM python:${OTHER}"]),
+        ("# x \\\nA\\\nDD http://x /x\nFROM a\n", ["ADD http://x"]),
+        ("FROM a\nRUN echo \\\\\nA\\\nDD http://x /x\n", ["ADD http://x"]),
+        ("FROM a\nADD http:\\/\\/10.81.0.3/x /x\n", ["ADD http:\\/\\/10.81.0.3/x"]),
+        ('FROM a\nADD "http:"//10.81.0.3/x /x\n', ['ADD "http:"//10.81.0.3/x']),
+        ('FROM a\nADD ["http:\\u002f\\u002f10.81.0.3/x", "/x"]\n', ["ADD http://10.81.0.3/x"]),
+        ("FROM a\nADD --chown=1:1\rhttp://x /x\n", ["ADD http://x"]),
+        ("FROM a\nADD user@10.81.0.3:data /x\n", ["ADD user@10.81.0.3:data"]),
+        ('{"s\\u0079ntax": "evil/frontend"}', ["a Dockerfile in JSON"]),
+        ('FROM "10.81.0.3:5000"/x\n', ['FROM "10.81.0.3:5000"/x']),
+        ("ARG B=10.81.0.3:5000\nFROM $B/x\nARG B=alpine\n", ["FROM 10.81.0.3:5000/x"]),
+        ("FROM a AS b\nFROM b\nRUN cat <<< x && echo $((1<<4)) --from=$DATE\n", []),
+        ("ARG V=1\nFROM a\nARG V=1\nADD app-${V}.tar.gz /x\n", []),
         ("ARG BASE=python\nFROM $BASE\nFROM $GIVEN\n", ["FROM 10.81.0.3/a"]),
         ("FROM $UNKNOWN/x\n", ["FROM $UNKNOWN/x"]),
     ],
