@@ -15,13 +15,14 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from cli.pulumi import STATE_SPACE, Pulumi, PulumiError, backend_folder, environment, existing, state_folder
+from cli.pulumi import STATE_SPACE, Pulumi, PulumiError, backend_folder, environment, existing
 from settings import host
 from settings.backup import FolderTarget
 from settings.compose_cli import find_compose
 from settings.errors import SettingsError
 from settings.host import HostFacts
 from settings.ledger import DEFAULT_IO, LedgerSettings, Tier, shown
+from settings.state import state_folder
 
 OLDEST_PULUMI = (3, 200)
 LOW_DISK = 0.10  # of the data root's file system: below it, an image build fills the disk of both environments

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from settings.state import state_folder
+
 STATE_SPACE = 16 * 2**20
 """Bytes that the state's disk must have free: a checkpoint of 400 containers, its backup and a lock take 3 MB."""
 
@@ -52,11 +54,6 @@ class Result(NamedTuple):
     def plain(self) -> str:
         """The output without terminal colours."""
         return ANSI.sub("", self.output)
-
-
-def state_folder(base: Mapping[str, str], home: Path) -> Path:
-    """Where the state of this user's deployments is kept, as the XDG Base Directory Specification says."""
-    return Path(base.get("XDG_STATE_HOME") or home / ".local" / "state") / "bulkhead"
 
 
 def environment(base: Mapping[str, str], root: Path, home: Path) -> dict[str, str]:

@@ -52,6 +52,8 @@ class EnvironmentSettings(Frozen):
         for name, value in written.items():
             if not VARIABLE.fullmatch(str(name)):
                 raise ValueError(f"{name!r} is not a variable name; use letters, digits and underscores")
+            if str(name).startswith("COMPOSE_"):
+                raise ValueError(f"{name} would be an option of Compose, such as a file to read; use another name")
             if isinstance(value, dict | list) or value is None:
                 raise ValueError(f"{name} is not plain text; a secret belongs under bulkhead:secrets")
         return {str(name): _as_compose_reads(value) for name, value in written.items()}

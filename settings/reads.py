@@ -1,6 +1,7 @@
 """What a deploy reads on the machine where it runs: variables and files that Compose files name, and whose they are.
 The deployer may read prod's secrets; what dev's Compose file names must not."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +9,13 @@ from typing import NamedTuple
 from settings.ledger import EnvironmentShares, Tier
 from settings.model import Build, Project
 from settings.sources import UNRESOLVED
+from settings.state import state_folder
 
 NEEDED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "DOCKER_CONFIG")
 """What Compose itself needs; nothing of it is a secret."""
 
 STATE = ".bulkhead"
-"""The folder of the checkout where Pulumi's state and its passphrase are, and with them every secret."""
+"""The folder of the checkout with our tools, where Pulumi may have credentials and somebody may keep its state."""
 
 
 class Read(NamedTuple):
@@ -76,7 +78,8 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
         for one in reads(other, idle=True)
         if one.secret
     }
-    theirs |= {(folder / STATE).resolve(): name for name in protected}
+    for state in (folder / STATE, state_folder(os.environ, Path.home())):
+        theirs |= {state.resolve(): name for name in protected}
     unknown = next((name for name, other in sorted(protected.items()) if other is None), "")
     found: dict[str, dict[str, str]] = {}
     for one in reads(project):

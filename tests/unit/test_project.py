@@ -104,6 +104,11 @@ REFUSED = {
         "Pulumi.prod.yaml:4: bulkhead:variables: 'LOG-LEVEL' is not a variable name. "
         "Use letters, digits and underscores.",
     ),
+    "a variable that Compose takes for an option": (
+        ("LOG_LEVEL: info", "COMPOSE_ENV_FILES: /srv/prod/prod.env"),
+        "Pulumi.prod.yaml:4: bulkhead:variables: COMPOSE_ENV_FILES would be an option of Compose, such as a file to "
+        "read. Use another name.",
+    ),
     "a secret among the variables": (
         ("LOG_LEVEL: info", "LOG_LEVEL: {secure: v1:abc}"),
         "Pulumi.prod.yaml:4: bulkhead:variables: LOG_LEVEL is not plain text. A secret belongs under bulkhead:secrets.",
@@ -406,6 +411,13 @@ def test_pulumis_state_in_a_build_is_told(checkout: Path) -> None:
     (checkout / ".bulkhead/passphrase").write_text("x")
     dev = "services: {web: {build: .}}\n"
     assert told(checkout, dev)["services.web.build.context"]["owner"] == "prod"
+
+
+def test_pulumis_state_where_the_user_keeps_it_is_told(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(checkout / "state"))
+    reading(checkout, WEB, "prod")
+    dev = SECRET.replace("./token", "./state/bulkhead/passphrase")
+    assert told(checkout, dev)["secrets.x.file"]["owner"] == "prod"
 
 
 def test_the_env_file_that_compose_reads_unasked_is_prods_too(checkout: Path) -> None:

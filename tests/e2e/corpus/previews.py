@@ -17,9 +17,10 @@ from docker.utils import parse_repository_tag
 
 from cli import verdicts
 from cli.previews import AT_A_TIME
-from cli.pulumi import Pulumi, environment, prepare, state_folder
+from cli.pulumi import Pulumi, environment, prepare
 from cli.verdicts import Told
 from settings.ledger import Ledger, LedgerSettings, slice_name
+from settings.state import state_folder
 from stacks.host import budget
 from tests.deployed import copied, isolated
 from tests.e2e.corpus.cases import DEV, HOST, PROD, STACKS, Case
