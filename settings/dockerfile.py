@@ -14,17 +14,19 @@ PLATFORM = tuple(f"{of}{part}" for of in ("TARGET", "BUILD") for part in ("PLATF
 
 _DIRECTIVE = re.compile(r"^\s*(?:#|//)\s*syntax\s*=\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _ESCAPE = re.compile(r"^\s*#\s*escape\s*=\s*`", re.IGNORECASE | re.MULTILINE)
-_SHEBANG = re.compile(r"#!.*\n?")
-_COMMENT = re.compile(r"^\s*#.*\n?", re.MULTILINE)
-_INSTRUCTION = re.compile(r"\s*(?:ONBUILD\s+)*(\w+)\s+(.*)", re.IGNORECASE | re.ASCII)
+_COMMENT = re.compile(r"^[^\S\x1c-\x1f]*#.*\n?", re.MULTILINE)  # what is space to Go; to Python a little more is
+_INSTRUCTION = re.compile(r"(?:ONBUILD\s+)*(\w+)\s+(.*)", re.IGNORECASE | re.ASCII)
+_WORD = re.compile(r"[^\t\v\f\r ]+")
 _OPTION = re.compile(r"--(?:[^\s\"'\\]|\\.|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')*(?=\s|$)\s*", re.ASCII)
 _QUOTING = re.compile(r"\\(.)|[\"']")
 _FROM = re.compile(r"--from=(.*)", re.IGNORECASE)
-_MOUNTED = re.compile(r"[=,\"]from=([^,\"]*)", re.IGNORECASE)
+_MOUNTED = re.compile(r"[=,\"]\s*from=([^,\"]*)", re.IGNORECASE)
 _STAGE = re.compile(r"\s+AS\s+([a-z][\w.-]*)\s*$", re.IGNORECASE | re.ASCII)
-_ARGUMENT = re.compile(r"(\w+)=(?:\"([^\"]*)\"|'([^']*)'|(\S*))", re.ASCII)
+_ARGUMENT = re.compile(r"(\w+)=(?:\"([^\"\\]*)\"(?!\S)|'([^'\\]*)'(?!\S)|(\S*))", re.ASCII)
 _SET = re.compile(r"(\w+)(?:=|\s)", re.ASCII)
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_ODDLY_SET = re.compile(r"^[^\s=]*[\"'\\$]|[\"'\\$][\w}\"'\\]*=")
+_VARIABLE = re.compile(r"\$(?:([^\W\d]\w*)|\{([^\W\d]\w*)\})")
+_FILES = ("run", "add", "copy")
 _LOCAL = re.compile(r"(?!(?:github|gitlab)\.com/|git@)[\w./*?+@,=~-]+")
 _HEREDOC = re.compile(r"(?:^|\s)\d*<<-?([^\s<]\S*)")
 _PLAIN_WORD = re.compile(r"([\"']?)\w+\1")
@@ -49,7 +51,7 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
     """
     found: dict[str, None] = {}
     text = text.lstrip("\ufeff").replace("\r\n", "\n")
-    if _SHEBANG.sub("", text, count=1).lstrip().startswith("{"):
+    if (text.partition("\n")[2] if text.startswith("#!") else text).lstrip().startswith("{"):
         found["a Dockerfile in JSON"] = None  # only another frontend can read it
     for frontend in _DIRECTIVE.findall(text):
         if not FRONTENDS.fullmatch(frontend):
@@ -57,12 +59,11 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
     for view in _views(text):
         known = _known(view, arguments)
         for one in view:
-            for word in _HEREDOC.findall(one.rest) if one.keyword in ("run", "add", "copy") else ():
+            for word in _HEREDOC.findall(one.rest) if one.keyword in _FILES else ():
                 if not _PLAIN_WORD.fullmatch(word):
                     found[f"a heredoc <<{word}"] = None
-            for option in one.options:
-                if not option.isascii() or option in ("--from", "--mount"):
-                    found[f"an option {option}"] = None  # where it ends, depends on the engine's version
+            if one.keyword in (*_FILES, "from"):
+                found |= {f"an option {option}": None for option in _unclear(one)}
             for source in _sources(one.rest) if one.keyword == "add" else ():
                 if not all(_LOCAL.fullmatch(value) for value in _values(source, known)):
                     found[f"ADD {source}"] = None
@@ -81,11 +82,12 @@ def images(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
         heredoc = any(_HEREDOC.search(one.rest) for one in view)
         stages = {"", "scratch"}
         for one in view:
-            named = list(_values(one.rest.split()[0], shared)) if one.keyword == "from" and one.rest.strip() else []
-            for option in one.options if one.keyword in ("copy", "add", "run") else ():
-                written = [*_FROM.findall(option), *(_MOUNTED.findall(option) if option.startswith("--mount") else ())]
-                named += [value for name in written for value in _values(name, known)]
-            found |= {name: None for name in named if name.lower() not in stages and not name.isdigit()}
+            named = _WORD.findall(one.rest)[:1] if one.keyword == "from" else []
+            found |= {value: None for name in named for value in _values(name, shared) if value.lower() not in stages}
+            for option in one.options if one.keyword in _FILES else ():
+                named = (_MOUNTED if option.startswith("--mount") else _FROM).findall(option)
+                values = {value: None for name in named for value in _values(name, known)}
+                found |= {value: None for value in values if value.lower() not in stages and not value.isdigit()}
             if one.keyword == "from" and not heredoc and (stage := _STAGE.search(one.rest)):
                 stages.add(stage[1].lower())
     yield from found
@@ -102,10 +104,9 @@ def _views(text: str) -> Iterator[list[_Instruction]]:
     for escape in escapes:
         sign = re.escape(escape)
         for before in ("", f"(?<!{sign})"):
-            joined = re.sub(rf"{before}{sign}[ \t]*\n(?:[ \t\r\f\v]*\n)*", "", text)
-            yield [
-                _instruction(found[1], found[2]) for line in joined.split("\n") if (found := _INSTRUCTION.match(line))
-            ]
+            joined = re.sub(rf"{before}{sign}[ \t]*\n(?:[^\S\n\x1c-\x1f]*\n)*", "", text)
+            lines = (_INSTRUCTION.match(line.lstrip()) for line in joined.split("\n"))
+            yield [_instruction(line[1], line[2]) for line in lines if line]
 
 
 def _instruction(keyword: str, rest: str) -> _Instruction:
@@ -116,10 +117,17 @@ def _instruction(keyword: str, rest: str) -> _Instruction:
     return _Instruction(keyword.lower(), tuple(options), rest)
 
 
+def _unclear(one: _Instruction) -> list[str]:
+    """Options of which BuildKit may see another end: with letters that it reads by the byte, without a value (which
+    some versions take from the next word), with a quote that nothing ends."""
+    odd = [option for option in one.options if not option.isascii() or option in ("--from", "--mount")]
+    return odd + (_WORD.findall(one.rest)[:1] if one.rest.startswith("--") else [])
+
+
 def _sources(rest: str) -> list[str]:
     """What an ADD takes: all but its last word. Heredocs of plain words are the file's own text."""
     try:
-        words = json.loads(rest) if rest.startswith("[") else rest.split()
+        words = json.loads(rest) if rest.startswith("[") else _WORD.findall(rest)
     except (ValueError, RecursionError):
         return [rest]
     return [
@@ -138,7 +146,10 @@ def _known(view: list[_Instruction], arguments: Mapping[str, str]) -> dict[str, 
         for name, *values in _ARGUMENT.findall(one.rest) if one.keyword == "arg" else ():
             found.setdefault(name, []).append("".join(values))
     found |= {name: [value] for name, value in arguments.items()}
-    hidden = {name for one in view if one.keyword == "env" for name in _SET.findall(one.rest)}
+    written = [one.rest for one in view if one.keyword == "env"]
+    if any(_ODDLY_SET.search(rest) for rest in written):
+        return {}
+    hidden = {name for rest in written for name in _SET.findall(rest)}
     return {name: values for name, values in found.items() if name not in hidden}
 
 
@@ -149,9 +160,9 @@ def _values(word: str, known: Mapping[str, list[str]]) -> Iterator[str]:
         yield word
         return
     others = {other: values for other, values in known.items() if other != name}
+    parts = re.split(rf"\${name}\b|\${{{name}}}", word)
     for value in known[name]:
-        text = _VARIABLE.sub(lambda one, value=value: value if name in one.groups() else one[0], word)  # type: ignore[misc]
-        yield from _values(text, others)
+        yield from _values(value.join(parts), others)
 
 
 def _by_address(image: str) -> bool:
