@@ -167,23 +167,25 @@ def _jump(one: Environment, chain: str) -> list[str]:
     return _sent_by(one, f"jump {chain}")
 
 
+def _ranges(one: Environment) -> list[tuple[str, IPv4Network | IPv6Network]]:
+    """An environment's ranges, by nft's word for their family."""
+    return [(family, range_) for family, range_ in (("ip", one.subnet), ("ip6", one.subnet6)) if range_]
+
+
 def _sent_by(one: Environment, verdict: str) -> list[str]:
-    lines = [f"    ip saddr {one.subnet} {verdict}"]
-    return lines + ([f"    ip6 saddr {one.subnet6} {verdict}"] if one.subnet6 else [])
+    return [f"    {family} saddr {range_} {verdict}" for family, range_ in _ranges(one)]
 
 
 def _to(one: Environment, verdict: str) -> list[str]:
-    lines = [f"    ip daddr {one.subnet} {verdict}"]
-    return lines + ([f"    ip6 daddr {one.subnet6} {verdict}"] if one.subnet6 else [])
+    return [f"    {family} daddr {range_} {verdict}" for family, range_ in _ranges(one)]
 
 
 def _untracked(one: Environment) -> list[str]:
     """Where the kernel filters bridged packets, it tracks them too, and a load test in dev would use up its share. What
     goes to the host is left out: those are answers, of published ports for example, that `sent` must know as such."""
     return [
-        f"    {family} saddr {subnet} {family} daddr {subnet} fib daddr type unicast notrack"
-        for family, subnet in (("ip", one.subnet), ("ip6", one.subnet6))
-        if subnet
+        f"    {family} saddr {range_} {family} daddr {range_} fib daddr type unicast notrack"
+        for family, range_ in _ranges(one)
     ]
 
 

@@ -418,8 +418,6 @@ def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
 def prune(job: Job, repository: Repository) -> None:
     """Lets go of the base backups that are not kept, in one target, and of the WAL before the last but one: of what is
     older, each base backup comes back as it was."""
-    if repository.append_only:
-        return
     bases, gone = repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
     if job.wal and len(bases) > 2:
         gone |= repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")[1]

@@ -185,9 +185,8 @@ def layer(container: Mapping[str, Any], places: Places) -> set[str]:
         mounts = file.read_text(errors="surrogateescape")
     except OSError:
         return set()
-    roots = re.findall(
-        r"^(?:[^ ]+ ){4}/ .* - (.*)", mounts, re.MULTILINE
-    )  # the last mount there is the one that is seen
+    # The last mount there is the one that is seen.
+    roots = re.findall(r"^(?:[^ ]+ ){4}/ .* - (.*)", mounts, re.MULTILINE)
     upper = re.search(r"^overlay .*[ ,]upperdir=([^,]+)", roots[-1]) if roots else None
     if upper:
         return {re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), upper[1])}

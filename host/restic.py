@@ -303,9 +303,9 @@ class Repository:
 
     def forget(self, retain: Mapping[str, int | None], *tags: str) -> tuple[list[Snapshot], bool]:
         """Lets go of the snapshots that `retain` (as in `x-bulkhead.backup`) does not keep. Returns those that stay,
-        and whether others went, whose data is there until `prune`."""
+        and whether others went, whose data is there until `prune`. An append-only one lets go of nothing, unasked."""
         if self.append_only:
-            return self.snapshots(*tags), False
+            return [], False
         kept = [word for key, count in retain.items() if count for word in (f"--keep-{key}", str(count))]
         words = ("forget", "--json", "--group-by", "host", "--tag", ",".join(tags), *kept)
         groups = json.loads(self.call(*words, seconds=6 * 3600) or "[]")

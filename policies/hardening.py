@@ -387,9 +387,9 @@ def host_path(field: Field, about: Subject) -> Iterator[Finding]:
             continue  # no folder at all, or one that engine-socket and engine-data refuse
         read_only = _read_only(field, about)
         named = normal(path)
-        own = any(named.rpartition("/")[0] == _folder(one, about) for one in about.options["writable"])
-        readable = read_only and any(within(named, _folder(one, about)) for one in about.options["readable"])
-        if readable and overlaps(path, [_folder(f"{{checkout}}/{STATE}", about)]):
+        own = any(named.rpartition("/")[0] == about.folder(one) for one in about.options["writable"])
+        readable = read_only and any(within(named, about.folder(one)) for one in about.options["readable"])
+        if readable and overlaps(path, [about.folder(f"{{checkout}}/{STATE}")]):
             yield Finding(
                 repr(path),
                 "Pulumi's state and its passphrase are in it, and with them the secrets of every environment",
@@ -400,7 +400,7 @@ def host_path(field: Field, about: Subject) -> Iterator[Finding]:
                 repr(path),
                 f"it is a folder of the host that is not meant for {about.resource.stack}"
                 + ("" if read_only else ", and it is mounted writable"),
-                f"use a named volume, {_folder('/srv/{environment}/<name>', about)}, or for files of the project a "
+                f"use a named volume, {about.folder('/srv/{environment}/<name>')}, or for files of the project a "
                 "read-only mount (:ro)",
             )
 
@@ -414,11 +414,6 @@ def _read_only(field: Field, about: Subject) -> bool:
             return False
         found = inner
     return isinstance(found, Mapping) and found.get("readOnly") is True
-
-
-def _folder(written: str, about: Subject) -> str:
-    checkout = about.world.settings.folder
-    return normal(written.replace("{environment}", about.resource.stack).replace("{checkout}", str(checkout)))
 
 
 @rule(

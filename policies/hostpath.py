@@ -78,7 +78,8 @@ def _overlap(path: list[str], place: list[str]) -> bool:
 
 def within(path: str, folder: str) -> bool:
     """Whether a path is this folder or in it."""
-    return normal(path) == normal(folder) or normal(path).startswith(f"{normal(folder).rstrip('/')}/")
+    path, folder = normal(path), normal(folder)
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def opened(field: Field) -> Iterator[str]:

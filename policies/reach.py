@@ -603,8 +603,8 @@ def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
 
 
 def _free(path: str, about: Subject) -> bool:
-    folders = (str(one).replace("{environment}", about.resource.stack) for one in about.options["folders"])
-    return "$" not in path and (not path.startswith("/") or any(within(path, one) for one in folders))
+    allowed = (within(path, about.folder(one)) for one in about.options["folders"])
+    return "$" not in path and (not path.startswith("/") or any(allowed))
 
 
 @rule(

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from policies.hostpath import normal
 from policies.wire import UNKNOWN
 from policies.world import HOST, OURS, STACK, Field, Graph, Resource, World
 from settings.errors import SettingsError
@@ -121,6 +122,11 @@ class Subject:
     def others(self) -> list[Environment]:
         """Every other environment of the ledger."""
         return [one for one in self.ledger.environments.values() if one != self.own]
+
+    def folder(self, written: str) -> str:
+        """A folder of an option, normalised: `{environment}` is the stack's name, `{checkout}` the ledger's folder."""
+        checkout = str(self.world.settings.folder)
+        return normal(written.replace("{environment}", self.resource.stack).replace("{checkout}", checkout))
 
     def all(self, pattern: str) -> list[Any]:
         """The values at a pattern, without unset ones. UndecidedError if one is unknown."""

@@ -209,20 +209,13 @@ def _unread(names: Iterable[str]) -> Iterator[str]:
 
 def _unset_variables(names: Sequence[str], sources: Sources, hidden: Collection[str]) -> Iterator[SettingsError]:
     for name in names:
+        problem = "the variable has no value, and Compose would put nothing in its place"
+        remedy = f"Set it under bulkhead:variables or in the environment, or write ${{{name}:-default}}."
         if name in hidden:
-            yield SettingsError(
-                file=sources.mentions(rf"(?<!\$)\$\{{?{re.escape(name)}\b"),
-                key=f"${{{name}}}",
-                problem="the variable is set where the deploy runs, but a best-effort environment does not read it",
-                remedy=sentence(_INHERIT),
-            )
-            continue
-        yield SettingsError(
-            file=sources.mentions(rf"(?<!\$)\$\{{?{re.escape(name)}\b"),
-            key=f"${{{name}}}",
-            problem="the variable has no value, and Compose would put nothing in its place",
-            remedy=f"Set it under bulkhead:variables or in the environment, or write ${{{name}:-default}}.",
-        )
+            problem = "the variable is set where the deploy runs, but a best-effort environment does not read it"
+            remedy = sentence(_INHERIT)
+        place = sources.mentions(rf"(?<!\$)\$\{{?{re.escape(name)}\b")
+        yield SettingsError(file=place, key=f"${{{name}}}", problem=problem, remedy=remedy)
 
 
 def _misplaced_extensions(extensions: Mapping[Loc, Any], sources: Sources) -> Iterator[SettingsError]:

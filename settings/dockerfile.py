@@ -50,6 +50,7 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
     whose name is in no ARG. `arguments`: the build's own values of ARGs.
     """
     found: dict[str, None] = {}
+    bases: dict[str, None] = {}
     text = text.lstrip("\ufeff").replace("\r\n", "\n")
     if (text.partition("\n")[2] if text.startswith("#!") else text).lstrip().startswith("{"):
         found["a Dockerfile in JSON"] = None  # only another frontend can read it
@@ -67,30 +68,27 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
             for source in _sources(one.rest) if one.keyword == "add" else ():
                 if not all(_LOCAL.fullmatch(value) for value in _values(source, known)):
                     found[f"ADD {source}"] = None
-    found |= {f"FROM {image}": None for image in images(text, arguments) if _by_address(image)}
-    yield from found
+        bases |= {f"FROM {image}": None for image in _images(view, known, arguments) if _by_address(image)}
+    yield from (found | bases)
 
 
-def images(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
-    """The images that a Dockerfile's `FROM`, `--from=` and mounts name, with every value that an ARG in them may have:
-    each once, without stages of the same file."""
-    found: dict[str, None] = {}
-    for view in _views(text.lstrip("\ufeff").replace("\r\n", "\n")):
-        first = next((place for place, one in enumerate(view) if one.keyword == "from"), len(view))
-        shared, known = _known(view[:first], arguments), _known(view, arguments)
-        # In a heredoc may stand what only looks like a stage.
-        heredoc = any(_HEREDOC.search(one.rest) for one in view)
-        stages = {"", "scratch"}
-        for one in view:
-            named = _WORD.findall(one.rest)[:1] if one.keyword == "from" else []
-            found |= {value: None for name in named for value in _values(name, shared) if value.lower() not in stages}
-            for option in one.options if one.keyword in _FILES else ():
-                named = (_MOUNTED if option.startswith("--mount") else _FROM).findall(option)
-                values = {value: None for name in named for value in _values(name, known)}
-                found |= {value: None for value in values if value.lower() not in stages and not value.isdigit()}
-            if one.keyword == "from" and not heredoc and (stage := _STAGE.search(one.rest)):
-                stages.add(stage[1].lower())
-    yield from found
+def _images(view: list[_Instruction], known: Mapping[str, list[str]], arguments: Mapping[str, str]) -> Iterator[str]:
+    """The images that `FROM`, `--from=` and mounts name, with every value that an ARG in them may have, without stages
+    of the same file. `known`: the values of all ARGs; to a FROM only those before the first count."""
+    first = next((place for place, one in enumerate(view) if one.keyword == "from"), len(view))
+    shared = _known(view[:first], arguments)
+    # In a heredoc may stand what only looks like a stage.
+    heredoc = any(_HEREDOC.search(one.rest) for one in view)
+    stages = {"", "scratch"}
+    for one in view:
+        named = _WORD.findall(one.rest)[:1] if one.keyword == "from" else []
+        yield from (value for name in named for value in _values(name, shared) if value.lower() not in stages)
+        for option in one.options if one.keyword in _FILES else ():
+            named = (_MOUNTED if option.startswith("--mount") else _FROM).findall(option)
+            values = (value for name in named for value in _values(name, known))
+            yield from (value for value in values if value.lower() not in stages and not value.isdigit())
+        if one.keyword == "from" and not heredoc and (stage := _STAGE.search(one.rest)):
+            stages.add(stage[1].lower())
 
 
 def _views(text: str) -> Iterator[list[_Instruction]]:

@@ -351,13 +351,11 @@ def check_ports(
     staging both publish, must not keep prod from being deployed.
     """
     for other in filter(None, beside):
-        sound = True
         try:
             published_ports([other], ledger)
         except SettingsError:
-            sound = False
-        if sound:
-            published_ports([other, project], ledger)
+            continue
+        published_ports([other, project], ledger)
     return published_ports([project], ledger)
 
 

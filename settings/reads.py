@@ -84,7 +84,7 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
     found: dict[str, dict[str, str]] = {}
     for one in reads(project):
         path = one.path.resolve()
-        owner = next((name for secret, name in theirs.items() if _opens(one, path, secret)), "")
+        owner = _owner(one, path, theirs)
         if one.key.endswith(".volumes") and not owner:
             continue  # policies judge the mount itself
         shown = one.path if UNRESOLVED in str(one.path) else path
@@ -96,17 +96,17 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
     return found
 
 
-def _opens(one: Read, path: Path, secret: Path) -> bool:
-    """Whether reading `path` reads `secret`: the same, in it, or a folder around it that a build does not leave out."""
-    if path == secret or path.is_relative_to(secret):
-        return True
-    if not secret.is_relative_to(path):
-        return False
-    return one.build is None or _sends(one.build, secret.relative_to(path))
-
-
-def _sends(build: Build, inside: Path) -> bool:
-    return any(Path(name) == inside or Path(name).is_relative_to(inside) for name in sent(build))
+def _owner(one: Read, path: Path, theirs: Mapping[Path, str]) -> str:
+    """Whose secret reading `path` reads: the same, around it, or in it where a build does not leave it out."""
+    opened: Sequence[Path] = [path]
+    inner = any(secret != path and secret.is_relative_to(path) for secret in theirs)
+    if one.build is not None and inner:  # only then, since all of the context is walked
+        opened = [path, *(path / name for name in sent(one.build))]
+    for secret, name in theirs.items():
+        around = one.build is None and secret.is_relative_to(path)
+        if around or any(file.is_relative_to(secret) for file in opened):
+            return name
+    return ""
 
 
 def sent(build: Build) -> Sequence[str]:
