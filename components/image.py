@@ -18,7 +18,7 @@ import pulumi_docker as docker
 from components.labels import labels
 from settings import host
 from settings.compose import Build
-from settings.dockerfile import fetches
+from settings.dockerfile import fetches, images
 from settings.ledger import Tier
 from settings.project import root
 from settings.reads import sent
@@ -88,16 +88,16 @@ def inputs(args: ImageArgs) -> dict[str, Any]:
     told: dict[str, Any] = {"exempt": list(args.exempt)} if args.exempt else {}
     if args.build is not None:
         context = Path(args.build.context)
+        # As bytes: to BuildKit a carriage return alone ends no line.
+        dockerfile = (context / args.build.dockerfile).read_bytes().decode(errors="replace")
         told["build"] = {
             # Relative: the same project in another checkout is no change.
             "context": str(context.relative_to(root()) if context.is_relative_to(root()) else context),
             "dockerfile": args.build.dockerfile,
             "target": args.build.target,
             "buildArgs": dict(args.build.args),
-            # As bytes: to BuildKit a carriage return alone ends no line.
-            "fetches": list(
-                fetches((context / args.build.dockerfile).read_bytes().decode(errors="replace"), args.build.args)
-            ),
+            "fetches": list(fetches(dockerfile, args.build.args)),
+            "images": images(dockerfile, args.build.args),
             "cgroupParent": args.cgroup_parent,
         }
     return told

@@ -2,12 +2,14 @@
 A drill does the same into a volume that is thrown away: a backup counts when it has been restored and checked."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,7 +162,7 @@ def budget(places: Places) -> str:
     return next((str(one["cgroup_parent"]) for one in environments.values() if one["tier"] == BEST_EFFORT), "")
 
 
-UNPACK = 'mkdir -p "$1" && tar -x -p -f - -C "$1" && chown "$2:$3" /to "$1" && chmod 700 "$1"'
+UNPACK = 'mkdir -p "$1" && tar -x -p -f /from/base.tar -C "$1" && chown "$2:$3" /to "$1" && chmod 700 "$1"'
 RECOVER = (
     'cd "$1" && { [ ! -e .bulkhead.conf ] || mv .bulkhead.conf postgresql.auto.conf; } && '
     'cp -p postgresql.auto.conf .bulkhead.conf && printf %s "$4" >> postgresql.auto.conf && '
@@ -169,38 +171,64 @@ RECOVER = (
 RECOVERED = 'cd "$1" && mv .bulkhead.conf postgresql.auto.conf && rm -f recovery.signal'
 
 
-def in_volume(job: Job, snapshot: Snapshot, volume: str, script: str, *words: str) -> list[str]:
-    """The command that runs a script beside a volume, which is /to. In a container, since a volume may hold anything,
+def in_volume(
+    job: Job, snapshot: Snapshot, volume: str, script: str, *words: str, options: Sequence[str] = ("--rm",)
+) -> list[str]:
+    """The words that run a script beside a volume, which is /to. In a container, since a volume may hold anything,
     links to files of the host too. `$1`: where the data is, `$2`, `$3`: whose it is, then `words`."""
     uid, gid = snapshot.facts["owner"]
     caps = [f"--cap-add={name}" for name in ("CHOWN", "DAC_OVERRIDE", "FOWNER")]
     arguments = ("-euc", script, "sh", f"/to/{snapshot.facts['inside']}", str(uid), str(gid), *words)
-    options = ("--interactive", "--rm", *caps, f"--volume={volume}:/to")
-    return ["docker", "run", *throwaway(job, template(job), *arguments, user="0:0", entry="sh", options=options)]
+    mounted = (*options, *caps, f"--volume={volume}:/to")
+    return throwaway(job, template(job), *arguments, user="0:0", entry="sh", options=mounted)
 
 
 def unpack(job: Job, repository: Repository, snapshot: Snapshot, size: int, volume: str, say: Say) -> None:
-    """A base backup of so many bytes into a volume; tells how far it is. BackupError if either end fails."""
-    with progress(mountpoint(volume), size, say):
-        dumping = subprocess.Popen(
-            repository.dump(snapshot.id, "/base.tar"),
-            env=repository.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    """A base backup of so many bytes into a volume; tells how far it is. BackupError if either end fails.
+
+    Through a named pipe that both see: what goes through the engine's own streams is copied five times on the way.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unpack-", dir=job.folder) as folder:
+        pipe = Path(folder, "base.tar")
+        os.mkfifo(pipe)
+        pipe.parent.chmod(0o755)  # to an engine with user namespaces even its root is somebody else
+        pipe.chmod(0o644)
+        command = in_volume(job, snapshot, volume, UNPACK, options=(f"--volume={folder}:/from:ro",))
+        with progress(mountpoint(volume), size, say), started(command) as container:
+            with taken(pipe, container) as sink:
+                dumped = subprocess.run(
+                    repository.dump(snapshot.id, "/base.tar"),
+                    env=repository.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=subprocess.PIPE,
+                    check=False,
+                )
+            code = ask(["docker", "wait", container.id], START_ENGINE, seconds=RECOVERY_SECONDS).strip()
+            if code != "0":
+                raise BackupError(f"unpacking ended with {code}: {last_words(container)}")
+        if dumped.returncode:
+            raise repository.error("dump", dumped.stderr.decode(errors="replace"))
+
+
+@contextmanager
+def taken(pipe: Path, reader: Container) -> Iterator[int]:
+    """A named pipe to write into, once a container has opened it to read. BackupError where it ends before."""
+    while True:
         try:
-            done = subprocess.run(
-                in_volume(job, snapshot, volume, UNPACK), stdin=dumping.stdout, capture_output=True, check=False
-            )
-        finally:
-            if dumping.stdout:
-                dumping.stdout.close()
-            _, said = dumping.communicate()
-    if done.returncode:
-        raise BackupError(f"unpacking: {done.stderr.decode(errors='replace').strip()[-500:]}")
-    if dumping.returncode:
-        raise repository.error("dump", said.decode(errors="replace"))
+            sink = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        alive(reader, "unpacking")
+        time.sleep(0.05)
+    try:
+        os.set_blocking(sink, True)
+        yield sink
+    finally:
+        os.close(sink)
 
 
 @contextmanager
@@ -308,9 +336,9 @@ def same_version(job: Job, like: Container, snapshot: Snapshot) -> None:
 def recovery(job: Job, snapshot: Snapshot, volume: str, settings: Mapping[str, str]) -> Iterator[None]:
     """Makes a cluster recover when it starts; afterwards it says nothing of that any more."""
     lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
-    ask(in_volume(job, snapshot, volume, RECOVER, lines), START_ENGINE)
+    ask(["docker", "run", *in_volume(job, snapshot, volume, RECOVER, lines)], START_ENGINE)
     yield
-    ask(in_volume(job, snapshot, volume, RECOVERED), START_ENGINE)
+    ask(["docker", "run", *in_volume(job, snapshot, volume, RECOVERED)], START_ENGINE)
 
 
 @contextmanager
@@ -421,13 +449,18 @@ def started(command: Sequence[str]) -> Iterator[Container]:
         ask(["docker", "rm", "--force", "--volumes", made], START_ENGINE)
 
 
-def alive(container: Container) -> None:
+def alive(container: Container, what: str = "the restored server") -> None:
     """BackupError with the end of its log where a throwaway container has ended."""
     (now,) = inspect("container", container.id)
     if now["State"]["Status"] != "running":
-        command = ["docker", "logs", "--tail=20", container.id]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        raise BackupError(f"the restored server ended with {now['State']['ExitCode']}: {done.stdout.strip()}")
+        raise BackupError(f"{what} ended with {now['State']['ExitCode']}: {last_words(container)}")
+
+
+def last_words(container: Container) -> str:
+    """The end of a container's log."""
+    command = ["docker", "logs", "--tail=20", container.id]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.stdout.strip()
 
 
 # --- Redis and files
@@ -723,7 +756,7 @@ FORGET = 'cd "$1" && rm -rf -- "$4"/* log/* pg_log/* pg_stat/* pg_stat_tmp/*'
 def forgotten(job: Job, snapshot: Snapshot, volume: str, logs: str) -> None:
     """Takes WAL, logs (of that folder) and texts of queries out of a cluster that was stopped in order."""
     facts, like = snapshot.facts, template(job)
-    ask(in_volume(job, snapshot, volume, FORGET, logs), START_ENGINE)
+    ask(["docker", "run", *in_volume(job, snapshot, volume, FORGET, logs)], START_ENGINE)
     data = str(Path(facts["mount"]) / facts["inside"])
     options = ("--rm", f"--volume={volume}:{facts['mount']}")
     uid, gid = facts["owner"]

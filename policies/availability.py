@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 from policies.rule import BEST_EFFORT, ENVIRONMENTS, EVERYWHERE, PROTECTED, Finding, Subject, number, rule
-from policies.world import CONTAINER, IMAGE, JOB, VOLUME, Field, Resource
+from policies.world import CONTAINER, IMAGE, JOB, STACK, VOLUME, Field, Resource
 from settings.ledger import Tier
 from settings.model import seconds
 
@@ -151,13 +151,22 @@ def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
     references=("the engine's own processor time and memory are in no environment's slice",),
     reads={
         CONTAINER: ("logOpts.*", "healthcheck.interval", "healthcheck.startInterval", "stopTimeout"),
+        STACK: (),
     },
     tiers=BEST_EFFORT,
+    options={
+        "containers": number(100, "Containers that an environment may have: each has a process of the engine's."),
+        "ports": number(200, "Ports that an environment may publish: each has two processes of the engine's."),
+    },
 )
 def engine_work(field: Field, about: Subject) -> Iterator[Finding]:
     """A log's `tag` is a template that the engine executes, `max-buffer-size` memory of its own; a healthcheck starts a
-    process each time, and a stop of the engine waits for the longest `stop_grace_period` of all containers."""
+    process each time, and a stop of the engine waits for the longest `stop_grace_period` of all containers. A
+    container's shim and the proxies of its ports run in the system's share: some 10 and 2 MiB each."""
     name, value = field.path.rpartition(".")[2], field.value
+    if about.resource.type == STACK:
+        yield from _too_many(about)
+        return
     if value in (None, ""):
         return
     if field.path.startswith("logOpts.") and _ours(about) and not _bounded(name, str(value)):
@@ -174,6 +183,19 @@ def engine_work(field: Field, about: Subject) -> Iterator[Finding]:
         yield Finding(
             f"{value:g} s", "a restart of the engine waits for it", f"set stop_grace_period to at most {LONGEST_STOP}s"
         )
+
+
+def _too_many(about: Subject) -> Iterator[Finding]:
+    made = [one for one in about.whole().of(CONTAINER) if one.props.get("start") is not False]
+    ports = sum(1 for one in made for _ in one.fields("ports.internal"))
+    for what, found in (("containers", len(made)), ("ports", ports)):
+        allowed = about.options[what]
+        if found > allowed:
+            yield Finding(
+                f"{found} {what if what == 'containers' else 'published ports'}",
+                "the engine's processes for them take memory that is kept for the system, and prod waits for it",
+                f"have at most {allowed:g} (scale, deploy.replicas, ports), or raise the option {what} of this rule",
+            )
 
 
 LONGEST_STOP = 600

@@ -69,7 +69,10 @@ GENERATOR = re.compile(r"head -c \d{1,4} /dev/urandom \| base64 -w0 \| tr '\+/' 
 @rule(
     id="unsupported-resource",
     title="environments use only resources that the pack can judge",
-    references=("Swarm services, plugins, dynamic and other providers bypass every rule for containers",),
+    references=(
+        "Swarm services, plugins, dynamic and other providers bypass every rule for containers",
+        "a RegistryImage builds what no rule for builds judges",
+    ),
     reads={"*": ()},
     options={"packages": listed([], "Further Pulumi packages that a program may use: cloudflare, aws.")},
 )
@@ -77,6 +80,12 @@ def unsupported_resource(_field: Field, about: Subject) -> Iterator[Finding]:
     """A type that nobody thought of is refused too. A component, which has no provider, makes nothing by itself."""
     kind = about.resource.type
     package = kind.removeprefix("pulumi:providers:").partition(":")[0]
+    if kind == PUSHED and about.resource.props.get("build") is not None:
+        yield Finding(
+            "a RegistryImage with build",
+            "where it builds, what with and from whose files is under no rule",
+            "build it with components.image (build in Compose), and push that",
+        )
     if kind in JUDGED or package in {*HARMLESS, *about.options["packages"]} - {"docker", "command"}:
         return
     if about.resource.provider is None and not kind.startswith(("pulumi:providers:", "docker:", "command:")):

@@ -35,6 +35,7 @@ from policies.world import (
     TAG,
     VOLUME,
     Field,
+    Graph,
 )
 from settings.ledger import Environment, Tier
 
@@ -474,22 +475,38 @@ def naming(text: Any, about: Subject) -> str:
 
 @rule(
     id="image-owner",
-    title="images, tags and build caches bear no other environment's name",
-    references=("an image built as prod's is run by prod", "prod's build cache"),
+    title="images, tags and build caches are no other environment's",
+    references=(
+        "an image built as prod's is run by prod",
+        "FROM bulkhead/prod-api reads prod's files",
+        "a tag postgres:15 of dev's is what prod's next build begins with",
+        "prod's build cache",
+    ),
     reads={
         IMAGE: ("name", "build.tags", "build.cacheFroms", "build.cacheTos"),
+        BUILT: ("build.images",),
         TAG: ("targetImage", "sourceImage"),
         PUSHED: ("name",),
+        CONTAINER: ("image",),
     },
+    links={"image": {IMAGE: "{}"}},
     tiers=EVERYWHERE,
 )
 def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
-    """`bulkhead/prod-api:…` is prod's: built or tagged by dev, prod would run it; pulled, dev would read it."""
-    text = str(field.value or "").partition("@")[0]
+    """`bulkhead/prod-api:…` is prod's: built or tagged by dev, prod would run it; run or built upon, dev would read it.
+
+    An id tells nobody whose it is: a container runs that of an image of its own stack.
+    """
+    if about.own is None:
+        return
+    written = str(field.value or "")
+    text = written.partition("@")[0]
+    if about.resource.type == CONTAINER and IMAGE_ID.fullmatch(written) and _made_here(written, about.whole()):
+        return
     for part in re.split(r"[/,=\s]", text):
         owner = about.world.owner(part.partition(":")[0] + "-")
         ours = text.startswith(LOCAL_IMAGES) or (owner is not None and owner.tier is Tier.PROTECTED)
-        if owner and owner != about.own and about.own is not None and ours:
+        if owner and owner != about.own and ours:
             yield Finding(
                 repr(text),
                 f"images and caches of that name are {owner.name}'s: written, {owner.name} would run what was built "
@@ -497,6 +514,31 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
                 f"name it {about.resource.stack}-…",
             )
             return
+    if IMAGE_ID.fullmatch(written):
+        yield Finding(
+            repr(text),
+            "an id may be of another environment's image, and no image of this stack has it",
+            "name the image, or give the container the output of a RemoteImage of this stack",
+        )
+    elif (
+        field.path == "targetImage"
+        and about.tier == Tier.BEST_EFFORT
+        and about.world.owner(text.rpartition("/")[2]) != about.own
+    ):
+        yield Finding(
+            repr(text),
+            "whoever names that image next, in a Dockerfile of prod's too, gets what was tagged here",
+            f"name it {about.resource.stack}-…",
+        )
+
+
+def _made_here(image: str, stack: Graph) -> bool:
+    return any(stack.puts_out(one, "imageId") == image for one in stack.of(IMAGE))
+
+
+IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]+", re.IGNORECASE)
+"""What the engine may take for an image's id, or the beginning of one (`docker run 4f3a`), since it has such an image
+here: a name of a registry that looks like one (`cafe`) gets a tag."""
 
 
 @rule(
@@ -506,12 +548,12 @@ def image_owner(field: Field, about: Subject) -> Iterator[Finding]:
         "ADD http://169.254.169.254 is fetched by the engine, past every firewall rule",
         "a proxy is in no cache key: what it put into a layer, prod's build takes",
     ),
-    reads={BUILT: ("build.fetches", "build.buildArgs.*"), IMAGE: ("build.context",), PUSHED: ("build.context",)},
+    reads={BUILT: ("build.fetches", "build.buildArgs.*"), IMAGE: ("build.context",)},
     tiers=BEST_EFFORT,
 )
 def build_reach(field: Field, about: Subject) -> Iterator[Finding]:
     """What RUN does, happens on the engine's default bridge and under the firewall; what the builder does, does not."""
-    if about.resource.type in (IMAGE, PUSHED):
+    if about.resource.type == IMAGE:
         yield Finding(
             "built by the provider",
             "what its Dockerfile makes the engine fetch is not known here",

@@ -205,6 +205,10 @@ class Graph:
         """The resources of a type that this stack makes."""
         return [mine for mine in self._world.seen.values() if mine.type == kind]
 
+    def puts_out(self, one: Resource, key: str) -> Any:
+        """An output of a resource, by its wire name; None where it has none of that name."""
+        return self._outputs(one.urn).props.get(key)
+
     def made_from(self, kind: str) -> Iterator[tuple[str, str]]:
         """(URN of a resource, name of one of type `kind`, also a looked-up one, that it was made from)."""
         for urn, one in self._resources.items():

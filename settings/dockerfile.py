@@ -51,7 +51,7 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
     """
     found: dict[str, None] = {}
     bases: dict[str, None] = {}
-    text = text.lstrip("\ufeff").replace("\r\n", "\n")
+    text = _unified(text)
     if (text.partition("\n")[2] if text.startswith("#!") else text).lstrip().startswith("{"):
         found["a Dockerfile in JSON"] = None  # only another frontend can read it
     for frontend in _DIRECTIVE.findall(text):
@@ -70,6 +70,16 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
                     found[f"ADD {source}"] = None
         bases |= {f"FROM {image}": None for image in _images(view, known, arguments) if _by_address(image)}
     yield from (found | bases)
+
+
+def images(text: str, arguments: Mapping[str, str]) -> list[str]:
+    """The images that a Dockerfile names, as `fetches` reads it; where a variable has no value it stays, as `$BASE`."""
+    views = ((view, _known(view, arguments)) for view in _views(_unified(text)))
+    return list(dict.fromkeys(image for view, known in views for image in _images(view, known, arguments)))
+
+
+def _unified(text: str) -> str:
+    return text.lstrip("\ufeff").replace("\r\n", "\n")
 
 
 def _images(view: list[_Instruction], known: Mapping[str, list[str]], arguments: Mapping[str, str]) -> Iterator[str]:

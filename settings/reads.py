@@ -2,6 +2,7 @@
 The deployer may read prod's secrets; what dev's Compose file names must not."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -110,11 +111,30 @@ def _owner(one: Read, path: Path, theirs: Mapping[Path, str]) -> str:
 
 
 def sent(build: Build) -> Sequence[str]:
-    """The files of a build's context that the engine gets, relative to it: all but what .dockerignore leaves out."""
+    """The files of a build's context that some builder gets, relative to it: all but what .dockerignore leaves out.
+
+    BuildKit takes `<Dockerfile>.dockerignore` instead where there is one, the first builder never does.
+    """
     from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
 
     context = Path(build.context)
-    ignore = context / ".dockerignore"
-    patterns = ignore.read_text().splitlines() if ignore.is_file() else []
-    patterns = [line.strip() for line in patterns if line.strip() and not line.startswith("#")]
-    return sorted(exclude_paths(str(context), patterns, dockerfile=build.dockerfile))
+    found: set[str] = set()
+    for ignore in (context / ".dockerignore", context / f"{build.dockerfile}.dockerignore"):
+        if ignore.is_file() or ignore.name == ".dockerignore":
+            patterns = ignore.read_text().splitlines() if ignore.is_file() else []
+            found.update(exclude_paths(str(context), _as_the_engine(patterns), dockerfile=build.dockerfile))
+    return sorted(found)
+
+
+_ELSEWHERE = re.compile(r"\[[!^\]]|\\")
+
+
+def _as_the_engine(patterns: Sequence[str]) -> list[str]:
+    """Patterns of a .dockerignore that docker-py takes as the engine does. Sets of letters to leave out and escapes it
+    takes otherwise: with these nothing is left out."""
+    stripped = [line.strip() for line in patterns if line.strip() and not line.startswith("#")]
+    return [
+        "!**" if _ELSEWHERE.search(line) else line
+        for line in stripped
+        if line.startswith("!") or not _ELSEWHERE.search(line)
+    ]

@@ -15,7 +15,7 @@ from pulumi_policy.proxy import UNKNOWN_STRING_VALUE
 from policies.registry import RULES
 from policies.rule import Rule, Setting
 from policies.server import Server
-from policies.world import CONTAINER, NETWORK, STACK, VOLUME, World
+from policies.world import CONTAINER, IMAGE, NETWORK, STACK, VOLUME, World
 
 UNKNOWN = UNKNOWN_STRING_VALUE
 
@@ -68,6 +68,9 @@ class Given:
         return replace(self, props=props)
 
 
+IMAGE_ID = "sha256:" + "ab" * 32
+
+
 def labels(stack: str) -> list[dict[str, str]]:
     """The labels that every resource of `stack` has."""
     return [
@@ -80,7 +83,7 @@ def container(stack: str, **changes: Any) -> Given:
     """A container of `stack` that no rule objects to, with `changes`."""
     props = {
         "name": f"{stack}-api-1-4f3a2b1",
-        "image": "sha256:" + "ab" * 32,
+        "image": IMAGE_ID,
         "cgroupParent": f"/bulkhead-{stack}",
         "networkMode": "bridge",
         "networksAdvanced": [{"name": f"{stack}-backend", "aliases": ["api"]}],
@@ -140,6 +143,10 @@ def promises(outputs: Any = HOST_OUTPUTS) -> Given:
     return Given(PROMISES, "promises", {"outputs": outputs})
 
 
+IMAGE_MADE = Given(IMAGE, "image-of-containers", {"name": f"nginx:1@sha256:{'cd' * 32}"}, outputs={"imageId": IMAGE_ID})
+"""The image whose id `container()` has: the stack makes it."""
+
+
 SECRET = "hunter2-never-to-be-shown"
 
 
@@ -179,6 +186,8 @@ def run(
     everything = [root, *sorted(resources, key=lambda one: not one.type.startswith("bulkhead:"))]
     if not any(one.type == PROMISES for one in everything):
         everything.insert(1, promises())
+    if any(one.type == CONTAINER for one in everything) and not any(one.name == IMAGE_MADE.name for one in everything):
+        everything.append(IMAGE_MADE)
     urns = {one.name: urn(stack, one) for one in everything}
     found: list[Violation] = []
     for one in (one for one in twice if not one.read):
