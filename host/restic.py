@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import select
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ STEPS = (
     (FULL, "the target is full: make room there, or let fewer snapshots be kept (retain)"),
     (("wrong password or no key found",), "this is another repository's key: see docs/runbooks/lost-key.md"),
 )
+NOT_INSTALLED = "restic is not installed. Next step: apt-get install restic"
 ANSWER_SECONDS = 600
 INCOMPLETE = 3
 """restic's exit code for a snapshot without some of what was to be in it."""
@@ -119,7 +121,7 @@ class Repository:
                 check=False,
             )
         except FileNotFoundError:
-            raise Undecided("restic is not installed. Next step: apt-get install restic") from None
+            raise Undecided(NOT_INSTALLED) from None
         except subprocess.TimeoutExpired:
             raise BackupError(f"restic {words[0]}: no answer within {seconds:g} s from {self.url}") from None
         if done.returncode:
@@ -421,12 +423,13 @@ def _ends(restic: Running) -> bool:
 def _running(
     command: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | int, folder: Path | None = None
 ) -> Iterator[Running]:
-    """restic, which does not outlive the body."""
+    """restic, which does not outlive the body, nor this process, however that ends: what fed it would end too, and half
+    a database look like a whole one."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        try:
-            child = subprocess.Popen(command, env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder)
-        except FileNotFoundError:
-            raise Undecided("restic is not installed. Next step: apt-get install restic") from None
+        if shutil.which(command[0]) is None:
+            raise Undecided(NOT_INSTALLED)
+        dying = ["setpriv", "--pdeathsig", "KILL", *command]
+        child = subprocess.Popen(dying, env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder)
         try:
             yield Running(child, output, errors)
         finally:

@@ -162,7 +162,8 @@ def log_rotation(_field: Field, about: Subject) -> Iterator[Finding]:
 def engine_work(field: Field, about: Subject) -> Iterator[Finding]:
     """A log's `tag` is a template that the engine executes, `max-buffer-size` memory of its own; a healthcheck starts a
     process each time, and a stop of the engine waits for the longest `stop_grace_period` of all containers. A
-    container's shim and the proxies of its ports run in the system's share: some 10 and 2 MiB each."""
+    container's shim and each proxy of its ports run in the system's share, and have 3 and 1 MiB of their own (Docker
+    20.10, measured)."""
     name, value = field.path.rpartition(".")[2], field.value
     if about.resource.type == STACK:
         yield from _too_many(about)

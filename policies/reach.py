@@ -628,11 +628,18 @@ def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
     path, mine = str(field.value or ""), about.resource.stack
     own_file = f"give {mine} a file of its own in the checkout, or a secret under bulkhead:secrets"
     if field.path.endswith(".owner"):
-        if field.value and field.value != mine:
+        told = about.resource.props["reads"].get(field.path.removeprefix("reads.").removesuffix(".owner"), {})
+        if path and path != mine and (why := told.get("unreadable")):
             yield Finding(
-                f"a secret of {path}, or what may be one",
+                f"it may be a secret of {path}, whose Compose files cannot be read here ({why})",
                 f"deployed by somebody who may read it, {mine} would have it too",
-                own_file,
+                f"make them readable, or {own_file}",
+            )
+        elif path and path != mine:
+            yield Finding(
+                f"a secret of {path}",
+                f"deployed by somebody who may read it, {mine} would have it too",
+                f"{own_file}; what only {path} needs belongs into a Compose file that {mine} does not name",
             )
     elif owner := naming(path, about):
         yield Finding(f"named after {owner}", f"what is {owner}'s would be in {mine}", own_file)

@@ -3,7 +3,6 @@ Also what only all environments together can tell: a port of the host that two o
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -330,27 +329,30 @@ def _meets(one: PublishedPort, other: PublishedPort) -> bool:
     return one[1:] == other[1:] and (one[0] == other[0] or bool(every & {one[0], other[0]}))
 
 
-def others(name: str, ledger: LedgerSettings, folder: Path | None = None) -> dict[str, Project | None]:
-    """The projects of the ledger's other environments that have settings here; None for one that cannot be read."""
+def others(name: str, ledger: LedgerSettings, folder: Path | None = None) -> dict[str, Project | SettingsError]:
+    """The projects of the ledger's other environments that have settings here; why, for one that cannot be read."""
     folder = folder or root()
-    found: dict[str, Project | None] = {}
+    found: dict[str, Project | SettingsError] = {}
     for other in ledger.environments:
         if other != name and (folder / f"Pulumi.{other}.yaml").is_file():
-            found[other] = None
-            with suppress(SettingsError):
+            try:
                 found[other] = read_project(read_environment(other, folder), ledger)
+            except SettingsError as error:
+                found[other] = error
     return found
 
 
 def check_ports(
-    ledger: Ledger | LedgerSettings, project: Project, beside: Iterable[Project | None]
+    ledger: Ledger | LedgerSettings, project: Project, beside: Iterable[Project | SettingsError]
 ) -> Mapping[PublishedPort, str]:
     """`published_ports` of `project`, each time beside one other environment.
 
-    The others' own errors are left to their own deploys: a broken compose file of dev (None), or a port that dev and
+    The others' own errors are left to their own deploys: a broken compose file of dev, or a port that dev and
     staging both publish, must not keep prod from being deployed.
     """
-    for other in filter(None, beside):
+    for other in beside:
+        if isinstance(other, SettingsError):
+            continue
         try:
             published_ports([other], ledger)
         except SettingsError:
@@ -360,7 +362,7 @@ def check_ports(
 
 
 def foreign_reads(
-    project: Project, ledger: LedgerSettings, beside: Mapping[str, Project | None], folder: Path | None = None
+    project: Project, ledger: LedgerSettings, beside: Mapping[str, Project | SettingsError], folder: Path | None = None
 ) -> dict[str, dict[str, str]]:
     """What the project's deploy reads on this machine, for policies (`settings.reads`)."""
     protected = {name: one for name, one in beside.items() if ledger.environment(name).tier is Tier.PROTECTED}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from settings.errors import SettingsError
 from settings.ledger import EnvironmentShares, Tier
 from settings.model import Build, Project
 from settings.sources import UNRESOLVED
@@ -65,23 +66,26 @@ def reads(project: Project, *, idle: bool = False) -> Iterator[Read]:
             yield Read(f"volumes.{key}.x-bulkhead.refresh.mask", Path(project.files[0]).parent / refresh.mask)
 
 
-def declared(project: Project, protected: Mapping[str, Project | None], folder: Path) -> dict[str, dict[str, str]]:
+def declared(
+    project: Project, protected: Mapping[str, Project | SettingsError], folder: Path
+) -> dict[str, dict[str, str]]:
     """What `project` reads, for policies, by the key that names it: `path` (relative where it is in `folder`, the
     checkout), and `owner`, the protected environment whose secret is there, empty if none's.
 
-    `protected`: the other protected environments; None for one whose Compose files cannot be read, so that any
-    confidential file may be its own.
+    `protected`: the other protected environments. Where one's Compose files cannot be read, any confidential file may
+    be its own: `unreadable` says why they cannot.
     """
     theirs = {
         one.path.resolve(): name
         for name, other in protected.items()
-        if other
+        if isinstance(other, Project)
         for one in reads(other, idle=True)
         if one.secret
     }
     for state in (folder / STATE, state_folder(os.environ, Path.home())):
         theirs |= {state.resolve(): name for name in protected}
-    unknown = next((name for name, other in sorted(protected.items()) if other is None), "")
+    broken = {name: other.message for name, other in sorted(protected.items()) if isinstance(other, SettingsError)}
+    unknown = next(iter(broken), "")
     found: dict[str, dict[str, str]] = {}
     for one in reads(project):
         path = one.path.resolve()
@@ -93,6 +97,7 @@ def declared(project: Project, protected: Mapping[str, Project | None], folder: 
         found[f"{one.key}[{same}]" if same else one.key] = {
             "path": str(shown.relative_to(folder) if shown.is_relative_to(folder) else shown),
             "owner": owner or (unknown if one.secret else ""),
+            **({"unreadable": broken[unknown]} if unknown and one.secret and not owner else {}),
         }
     return found
 

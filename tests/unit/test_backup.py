@@ -1039,6 +1039,46 @@ def test_half_a_stream_never_becomes_a_snapshot(real: Repository) -> None:
     assert snapshots(real) == []
 
 
+def test_half_a_stream_is_no_snapshot_either_when_the_agent_is_killed_and_what_feeds_it_fails_later(
+    real: Repository, tmp_path: Path
+) -> None:
+    real.init()
+    begun, go_on = tmp_path / "begun", tmp_path / "go-on"
+    feeding = f"printf half; touch {begun}; while [ ! -e {go_on} ]; do sleep 0.1; done; exit 1"
+    program = (
+        "import sys; from pathlib import Path; from host.restic import Repository; "
+        "Repository(sys.argv[1], 'key', Path(sys.argv[2])).save_stream(['sh', '-c', sys.argv[3]], 'x', ['job:j'], 60)"
+    )
+    agent = subprocess.Popen([sys.executable, "-c", program, real.url, str(real.cache), feeding])
+    until(begun.exists)
+    until(lambda: bool(list(Path(real.url, "locks").iterdir())))
+    agent.kill()
+    agent.wait()
+    go_on.touch()
+    until(lambda: not at_work(real))
+    assert snapshots(real) == []
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for it, at most half a minute."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def at_work(one: Repository) -> list[str]:
+    """The processes that work on a repository; what has ended has no environment any more."""
+    return [str(path) for path in Path("/proc").glob("[0-9]*/environ") if one.url.encode() in told(path)]
+
+
+def told(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def test_a_command_that_hangs_is_ended_and_leaves_no_snapshot(real: Repository) -> None:
     began = time.monotonic()
     with pytest.raises(BackupError, match="did not end within 1 s"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from components.environment import Environment, EnvironmentArgs, allocate, is_internal, notes
 from components.image import ImageArgs, build_command, own_cache
 from settings.compose import Build, Network, Project
-from settings.dockerfile import fetches
+from settings.dockerfile import fetches, images
 from settings.errors import SettingsError
 from settings.ledger import Tier
 
@@ -212,7 +212,7 @@ def test_an_image_is_exempted_where_a_service_that_runs_it_is(engine: Engine) ->
 
 
 def test_policies_see_how_an_image_is_built_and_the_provider_only_finds_it(engine: Engine, tmp_path: Any) -> None:
-    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    (tmp_path / "Dockerfile").write_text("ARG VERSION=2\nFROM python:$VERSION\n")
     deployed(engine, project(services={"a": {"build": {"context": str(tmp_path), "args": {"VERSION": "1"}}}}))
     built = engine.seen["bulkhead:index:Image::prod-a"].inputs["build"]
     assert built == {
@@ -220,6 +220,7 @@ def test_policies_see_how_an_image_is_built_and_the_provider_only_finds_it(engin
         "dockerfile": "Dockerfile",
         "buildArgs": {"VERSION": "1"},
         "fetches": [],
+        "images": ["python:1"],
         "cgroupParent": "/bulkhead-prod",
     }
     (found,) = (args.inputs for key, args in engine.seen.items() if key.startswith("docker:index/remoteImage"))
@@ -311,6 +312,21 @@ def test_a_build_shares_no_cache_mount_with_another_environments(tmp_path: Any) 
 )
 def test_what_a_dockerfile_makes_the_engine_fetch(dockerfile: str, found: list[str]) -> None:
     assert list(fetches(dockerfile, {"GIVEN": "10.81.0.3/a"})) == found
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "found"),
+    [
+        ("FROM bulkhead/prod-api:1\n", ["bulkhead/prod-api:1"]),
+        ("FROM a AS b\nFROM b\nCOPY --from=bulkhead/prod-x /x /x\nCOPY --from=b /x /x\n", ["a", "bulkhead/prod-x"]),
+        ("ARG O=prod\nFROM bulkhead/$O-api:1\n", ["bulkhead/prod-api:1"]),
+        ("FROM a\nRUN --mount=type=bind,from=4f3a2b,target=/x cat /x\n", ["a", "4f3a2b"]),
+        ("FROM $GIVEN\nFROM $UNKNOWN\nFROM scratch\n", ["10.81.0.3/a", "$UNKNOWN"]),
+        ("\ufeffFROM a\r\nFR\\\r\nOM b\r\n", ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_the_images_that_a_dockerfile_names(dockerfile: str, found: list[str]) -> None:
+    assert images(dockerfile, {"GIVEN": "10.81.0.3/a"}) == found
 
 
 def test_services_with_the_same_build_share_one_image(engine: Engine, tmp_path: Any) -> None:

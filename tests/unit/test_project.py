@@ -404,6 +404,36 @@ def test_whatever_opens_prods_secret_is_told(checkout: Path) -> None:
     assert told(checkout, dev)["services.web.build.context"] == {"path": ".", "owner": ""}
 
 
+def ignoring(checkout: Path, **ignored: str) -> bool:
+    """Whether a build of dev's is told to have prod's secret in it, with these files of what to leave out."""
+    reading(checkout, "services: {web: {secrets: [x]}}\nsecrets: {x: {file: ctx/secret}}\n", "prod")
+    files(checkout, ctx__secret="x", ctx__Dockerfile="FROM scratch\n")
+    for name, text in ignored.items():
+        (checkout / "ctx" / name).write_text(text)
+    dev = "services: {web: {build: ctx}}\n"
+    return told(checkout, dev)["services.web.build.context"]["owner"] == "prod"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["[!x]ecret", "[^s]ecret\nother", "sec\\ret", "secret\n![s]ecret", "secret\n!\\secret", "#secret", "other"],
+)
+def test_what_the_engine_does_not_leave_out_of_a_build_is_in_it(pattern: str, checkout: Path) -> None:
+    assert ignoring(checkout, **{".dockerignore": pattern})
+
+
+@pytest.mark.parametrize("pattern", ["secret", "*\n!Dockerfile", " /secret ", "[s]ecret", "s?cret"])
+def test_what_the_engine_leaves_out_of_a_build_is_not_in_it(pattern: str, checkout: Path) -> None:
+    assert not ignoring(checkout, **{".dockerignore": pattern})
+
+
+def test_what_only_one_builder_leaves_out_of_a_build_is_in_it(checkout: Path) -> None:
+    """BuildKit takes the file beside the Dockerfile instead, the first builder the usual one."""
+    assert ignoring(checkout, **{".dockerignore": "secret\n", "Dockerfile.dockerignore": "other\n"})
+    assert ignoring(checkout, **{".dockerignore": "other\n", "Dockerfile.dockerignore": "secret\n"})
+    assert not ignoring(checkout, **{".dockerignore": "secret\n", "Dockerfile.dockerignore": "secret\n"})
+
+
 def test_pulumis_state_in_a_build_is_told(checkout: Path) -> None:
     reading(checkout, WEB, "prod")
     (checkout / "Dockerfile").write_text("FROM scratch\n")
@@ -574,7 +604,9 @@ def test_a_service_that_no_profile_enables_reads_nothing_and_its_files_are_prods
 def test_a_secret_may_be_prods_as_long_as_prods_compose_files_cannot_be_read(checkout: Path) -> None:
     (checkout / "token").write_text("x")
     settings(checkout, "  bulkhead:compose: [gone.yaml]\n", "prod")
-    assert told(checkout, SECRET)["secrets.x.file"]["owner"] == "prod"
+    found = told(checkout, SECRET)["secrets.x.file"]
+    assert found["owner"] == "prod"
+    assert "gone.yaml" in found["unreadable"]
 
 
 def test_a_file_outside_the_checkout_is_told_by_its_whole_path(
