@@ -34,7 +34,7 @@ from bench.interference_load import Generator
 from bench.interference_results import bootstrap_ratio
 from cli.agent import BACKUPS, PROGRAM
 from engine import build
-from host.backup import LOWEST, State
+from host.backup import LOWEST, State, jobs
 from host.engines import OUR_SLOT, Postgres, mountpoint, of_service
 from host.machine import Places
 from host.restic import BackupError, Repository
@@ -182,10 +182,10 @@ class Bench:
         found: dict[str, Any] = {"phases": {}}
         for run in ("backup", "again"):
             found[run] = self.agent("backup", "--environment", PROD, "--job", JOB)
-            wal = State(Places()).jobs[f"{PROD}/{JOB}"]["wal_seconds"]
-            found["phases"][run] = self.phases() | {"WAL": wal}
-        found["added"] = State(Places()).jobs[f"{PROD}/{JOB}"]["added"]
-        found["size"] = State(Places()).jobs[f"{PROD}/{JOB}"]["size"]
+            (job,) = jobs(Places(), [PROD], [JOB])
+            known = State(Places()).known(job)
+            found["phases"][run] = self.phases() | {"WAL": known["wal_seconds"]}
+        found |= {"added": known["added"], "size": known["size"]}
         volume = f"{PROD}-bench-{number}"
         try:
             found["restore"] = self.agent("restore", "--environment", PROD, "--job", JOB, "--to", volume)

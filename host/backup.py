@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -61,6 +62,9 @@ RECORDS_BYTES = 4 * 2**20
 WAL_KEPT = {"last": 3, "daily": 2}
 """Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
 STATES_KEPT = 10
+RUNS, WAL = "backup.lock", "wal.lock"
+"""Of backups, drills and restores there is one at a time. WAL is archived meanwhile: its own lock keeps the slot, the
+history and what wants a repository for itself apart."""
 
 
 @dataclass(frozen=True)
@@ -159,25 +163,39 @@ def told(environment: str, declared: Mapping[str, Any], since: float, places: Pl
 
 
 class State:
-    """What is known of each job, by key: `last_success`, `last_verified`, `failures`, ... (seconds since 1970)."""
+    """What is known of each job, by key: `last_success`, `last_verified`, `failures`, ... (seconds since 1970).
+
+    What is known of its WAL is in a file of its own, since WAL is archived while a base backup or a drill goes on, by
+    another process: who holds the lock `WAL` writes it, all at once, and nobody else.
+    """
 
     def __init__(self, places: Places) -> None:
         self._file = places.state / "backup/state.json"
+        self._wal = places.state / "backup/wal.json"
         self._records = places.state / "backup/records.jsonl"
         self._metrics = places.state / "metrics/backup.prom"
-        try:
-            self.jobs: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
-        except FileNotFoundError:
-            self.jobs = {}
-        except (OSError, ValueError) as error:
-            raise Undecided(f"{self._file}: {error}. Next step: remove it; every backup is then made anew") from None
+        self.jobs = _entries(self._file)
 
     def of(self, job: Job) -> dict[str, Any]:
-        """A job's entry."""
+        """A job's entry, without its WAL."""
         return self.jobs.setdefault(job.key, {"failures": 0})
+
+    def known(self, job: Job) -> dict[str, Any]:
+        """All that is known of a job, its WAL as it is now."""
+        return self.of(job) | _entries(self._wal).get(job.key, {})
+
+    def note_wal(self, job: Job, **new: Any) -> None:
+        """Notes what is new of a job's WAL."""
+        entries = _entries(self._wal)
+        entries[job.key] = entries.get(job.key, {}) | new
+        write(self._wal, json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
     def save(self, declared: Sequence[Job]) -> None:
         write(self._file, json.dumps(self.jobs, indent=1, sort_keys=True) + "\n")
+        self.tell(declared)
+
+    def tell(self, declared: Sequence[Job]) -> None:
+        """Writes the metrics."""
         write(self._metrics, metrics(self, declared))
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -190,12 +208,27 @@ class State:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
 
+def _entries(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise Undecided(f"{file}: {error}. Next step: remove it; every backup is then made anew") from None
+    return found
+
+
+def gap(known: Mapping[str, Any]) -> str:
+    """What is missing in a job's WAL since its last base backup; empty where that and its WAL fit together."""
+    return str(known["gap"]) if known.get("gap") and known["gap_at"] > (known.get("last_success") or 0) else ""
+
+
 def due_at(job: Job, known: Mapping[str, Any]) -> float:
     """When a job is to run next, in seconds since 1970."""
     if known["failures"]:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (int(known["failures"]) - 1))
         return float(known["last_attempt"]) + pause
-    if known.get("wanted") or not known.get("last_success"):
+    if known.get("wanted") or gap(known) or not known.get("last_success"):
         return 0.0
     after = float(known["last_success"]) + job.every
     minutes = job.declared.get("at")
@@ -239,8 +272,8 @@ def alarms(job: Job, known: Mapping[str, Any], now: float) -> Iterator[tuple[str
         yield "shrunk", str(known["shrunk"])
     if known.get("unpruned"):
         yield "not pruned", str(known["unpruned"])
-    if known.get("gap"):
-        yield "gap", str(known["gap"])
+    if missing := gap(known):
+        yield "gap", missing
     verified = float(known.get("last_verified") or job.since)
     if now - verified > job.verified_within:
         yield "not verified", f"last verified restore {ago(known.get('last_verified'), now)}"
@@ -252,7 +285,7 @@ def alarming(places: Places) -> Iterator[tuple[Job, str, str]]:
     """Every alarm: the job, what it is, what is known."""
     state, now, waiting = State(places), time.time(), held(places)
     for job in jobs(places):
-        for what, known in alarms(job, state.of(job), now):
+        for what, known in alarms(job, state.known(job), now):
             yield job, what, known
         if job.environment in waiting:
             yield job, "held", "not backed up by schedule: its data was yet to come back: make restore for each volume"
@@ -278,11 +311,11 @@ def metrics(state: State, declared: Sequence[Job]) -> str:
         ("rto_seconds", "That the last drill took until the service answered.", "rto"),
         ("rpo_seconds", "That the last drill's data was old.", "rpo"),
     )
-    lines = []
+    lines, known = [], {job.key: state.known(job) for job in declared}
     for name, text, key in series:
         lines += [f"# HELP bulkhead_backup_{name} {text}", f"# TYPE bulkhead_backup_{name} gauge"]
         for job in declared:
-            value = state.of(job).get(key) or 0
+            value = known[job.key].get(key) or 0
             lines.append(f'bulkhead_backup_{name}{{environment="{job.environment}",job="{job.name}"}} {value:.15g}')
     return "\n".join(lines) + "\n"
 
@@ -315,12 +348,12 @@ class Phases:
 
 
 @contextmanager
-def alone(places: Places, what: str, wait: float = 0.0) -> Iterator[bool]:
+def alone(places: Places, what: str, wait: float = 0.0, lock: str = RUNS) -> Iterator[bool]:
     """Whether nothing else of this kind runs, after waiting for it for so many seconds. The lock goes with its process,
     however that ends; its file says whose it is and since when."""
     places.run.mkdir(parents=True, exist_ok=True)
     deadline, told = time.monotonic() + wait, False
-    with (places.run / "backup.lock").open("a+") as file:
+    with (places.run / lock).open("a+") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,7 +364,7 @@ def alone(places: Places, what: str, wait: float = 0.0) -> Iterator[bool]:
                     return
             if not told:
                 told = True
-                print(f"waiting for {holder(places)}", file=sys.stderr, flush=True)
+                print(f"waiting for {holder(places, lock)}", file=sys.stderr, flush=True)
             time.sleep(0.2)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
@@ -339,10 +372,10 @@ def alone(places: Places, what: str, wait: float = 0.0) -> Iterator[bool]:
         yield True
 
 
-def holder(places: Places) -> str:
-    """Who holds the lock, as text."""
+def holder(places: Places, lock: str = RUNS) -> str:
+    """Who holds a lock, as text."""
     try:
-        held = json.loads((places.run / "backup.lock").read_text())
+        held = json.loads((places.run / lock).read_text())
         return f"{held['what']}, process {held['pid']}, for {time.time() - held['since']:.0f} s"
     except (OSError, ValueError, KeyError):
         return "another run"
@@ -354,7 +387,7 @@ def stop(places: Places) -> int:
         if free:
             return 0
     with suppress(OSError, ValueError, KeyError):
-        os.kill(int(json.loads((places.run / "backup.lock").read_text())["pid"]), signal.SIGTERM)
+        os.kill(int(json.loads((places.run / RUNS).read_text())["pid"]), signal.SIGTERM)
     with alone(places, "stop", STOP_SECONDS) as free:
         return 0 if free else 2
 
@@ -367,7 +400,8 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
     phases = Phases("server")
     say(f"{job.key}: backing up")
     try:
-        snapshot = saved(job, phases, hurry=hurry)
+        with wal_meanwhile():
+            snapshot = saved(job, phases, hurry=hurry)
         before = known.get("size")
         shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
         known |= {
@@ -418,11 +452,12 @@ def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
 def prune(job: Job, repository: Repository) -> None:
     """Lets go of the base backups that are not kept, in one target, and of the WAL before the last but one: of what is
     older, each base backup comes back as it was."""
-    bases, gone = repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
-    if job.wal and len(bases) > 2:
-        gone |= repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")[1]
-    if gone:
-        repository.prune()
+    with between_wal(job.places, "prune"):
+        bases, gone = repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
+        if job.wal and len(bases) > 2:
+            gone |= repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")[1]
+        if gone:
+            repository.prune()
 
 
 def unpruned(job: Job, targets: Sequence[Repository]) -> str | None:
@@ -448,13 +483,9 @@ def prune_states(repository: Repository) -> None:
 def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases) -> Snapshot:
     """A base backup with all the WAL that it needs, and the rows that every table had just before."""
     server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-    if job.wal:
+    with between_wal(job.places, "backup"):
         server.hold()
-    facts = server.facts() | {
-        "at": time.time(),
-        "history": history(job, server)[0],
-        "position": server.position(),
-    }
+        facts = server.facts() | {"at": time.time(), "history": history(job, server)[0], "position": server.position()}
     phases.begin("rows")
     facts["rows"] = engines.counted(server.query, server.script, engines.COUNT_SECONDS)
     phases.begin("save")
@@ -492,43 +523,85 @@ TAKE: Mapping[str, Callable[[Job, Repository, bool, Phases], Snapshot]] = {
 }
 
 
-def archive(job: Job, state: State, every: Sequence[Job], say: Callable[[str], None]) -> bool:
+def archive(job: Job, state: State, say: Callable[[str], None]) -> bool:
     """Brings the WAL that is new into all targets. A gap in it makes a new base backup due."""
-    known, started = state.of(job), time.time()
-    unsaved = set(known.get("unsaved") or ())
+    started = time.time()
     try:
-        server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-        name, another = history(job, server)
-        gap = "another cluster is in the volume" if another else ""
-        server.hold()
-        position = server.position()
-        # First: what is copied is not kept by the server any more, and is in no target if this ends in between.
-        known["unsaved"] = [repository.url for repository in job.targets]
-        state.save(every)
-        try:
-            copied, missing = server.archive(job.spool)
-        finally:
-            server.let_go(SLOT_BYTES)
-        if unsaved and full(job.spool):
-            shutil.rmtree(job.spool)
-            known |= {"wanted": True, "unsaved": []}
-            raise BackupError("no target has taken WAL until its disk was nearly full; a new base backup follows")
-        if gap or missing:
-            gap = gap or f"WAL is missing before {ago(started, started)}"
-            known |= {"wanted": True, "gap": f"{gap}; a new base backup follows"}
-            say(f"{job.key}: {known['gap']}")
-        for repository in job.targets:
-            if copied or repository.url in unsaved:
-                facts = {"engine": "postgres", "at": started, "position": position, "history": name}
-                repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
-            known["unsaved"].remove(repository.url)
-        known |= {"wal_at": started, "wal_error": None, "wal_seconds": round(time.time() - started, 3)}
+        with between_wal(job.places, "WAL"):
+            try:
+                _archive(job, state, started, say)
+            except Exception as error:
+                state.note_wal(job, wal_error=said_of(error))
+                raise
     except Exception as error:
-        known |= {"wal_error": said_of(error)}
         say(f"{job.key}: WAL: FAILED: {said_of(error)}")
         state.record({"job": job.key, "kind": "wal", "start": started, "end": time.time(), "error": said_of(error)})
         return False
     return True
+
+
+def _archive(job: Job, state: State, started: float, say: Callable[[str], None]) -> None:
+    unsaved = set(state.known(job).get("unsaved") or ())
+    server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
+    name, another = history(job, server)
+    server.hold()
+    position = server.position()
+    # First: what is copied is not kept by the server any more, and is in no target if this ends in between.
+    waiting = [repository.url for repository in job.targets]
+    state.note_wal(job, unsaved=waiting)
+    try:
+        copied, missing = server.archive(job.spool)
+    finally:
+        server.let_go(SLOT_BYTES)
+    if unsaved and full(job.spool):
+        shutil.rmtree(job.spool)
+        full_ = "no target has taken WAL until its disk was nearly full; a new base backup follows"
+        state.note_wal(job, unsaved=[], gap=full_, gap_at=started)
+        raise BackupError(full_)
+    if another or missing:
+        why = "another cluster is in the volume" if another else f"WAL is missing before {ago(started, started)}"
+        state.note_wal(job, gap=f"{why}; a new base backup follows", gap_at=started)
+        say(f"{job.key}: {why}; a new base backup follows")
+    for repository in job.targets:
+        if copied or repository.url in unsaved:
+            facts = {"engine": "postgres", "at": started, "position": position, "history": name}
+            repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
+        waiting.remove(repository.url)
+        state.note_wal(job, unsaved=waiting)
+    state.note_wal(job, wal_at=started, wal_error=None, wal_seconds=round(time.time() - started, 3))
+
+
+@contextmanager
+def between_wal(places: Places, what: str) -> Iterator[None]:
+    """While no other process archives WAL. BackupError where one does for too long."""
+    with alone(places, what, WAIT_SECONDS, WAL) as free:
+        if not free:
+            raise BackupError(f"{holder(places, WAL)} has not ended within {WAIT_SECONDS:g} s. It is tried again")
+        yield
+
+
+@contextmanager
+def wal_meanwhile() -> Iterator[None]:
+    """Has WAL archived while the body takes hours: else all that is written meanwhile is lost with the host."""
+    from host.watch import program
+
+    over = threading.Event()
+
+    def bring() -> None:
+        while not over.wait(WAL_SECONDS):
+            with subprocess.Popen([*program(), "backup", "--wal"], stdin=subprocess.DEVNULL) as child:
+                while child.poll() is None and not over.wait(0.2):
+                    pass
+                if child.poll() is None:
+                    child.terminate()
+
+    bringing = threading.Thread(target=bring, daemon=True)
+    bringing.start()
+    try:
+        yield
+    finally:
+        over.set()
+        bringing.join()
 
 
 def said_of(error: Exception) -> str:
@@ -594,6 +667,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--environment", action="append", default=[], help="of this environment only")
     parser.add_argument("--job", action="append", default=[], help="this volume only")
     parser.add_argument("--due", action="store_true", help="only what is due; says nothing if nothing is")
+    parser.add_argument("--wal", action="store_true", help="only WAL that is due, also while another run goes on")
     parser.add_argument("--stop", action="store_true", help="end the run that goes on")
     parser.add_argument("--background", action="store_true", help="in a process of its own")
     parser.add_argument("--store", metavar="NAME", default="", help="standard input, with the backups of --environment")
@@ -633,6 +707,8 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
     if args.background:
         return in_background(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.wal:
+        return 0 if behind(wanted, state, every, places) else 1
     if args.store:
         return stored(wanted, args.store, sys.stdin.buffer.read(), places)
     with alone(places, "backup", 0 if args.due else WAIT_SECONDS) as free:
@@ -659,8 +735,17 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
         for job in sorted(wanted, key=lambda job: job.environment in last):
             well &= worked(job, state, args, every)
     if args.json:
-        print(json.dumps({job.key: state.of(job) for job in wanted}, indent=1))
+        print(json.dumps({job.key: state.known(job) for job in wanted}, indent=1))
     return 0 if well else 1
+
+
+def behind(wanted: Sequence[Job], state: State, every: Sequence[Job], places: Places) -> bool:
+    """Archives the WAL that is due of jobs that have a base backup. Whether it all went well."""
+    under_way, now = deploying(places) | held(places), time.time()
+    due = [job for job in wanted if job.wal and job.environment not in under_way and state.of(job).get("last_success")]
+    done = [archive(job, state, print) for job in due if wal_due_at(state.known(job)) <= now]
+    state.tell(every)
+    return all(done)
 
 
 def held(places: Places) -> frozenset[str]:
@@ -703,7 +788,7 @@ def stored(wanted: Sequence[Job], name: str, data: bytes, places: Places) -> int
 
 
 def is_due(job: Job, state: State, now: float) -> bool:
-    known = state.of(job)
+    known = state.known(job)
     times = [due_at(job, known), drill_due_at(job, known), *([wal_due_at(known)] if job.wal else [])]
     return min(times) <= now
 
@@ -716,13 +801,11 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     well, now, known = True, time.time(), state.of(job)
-    if not args.due or due_at(job, known) <= now:
+    if not args.due or due_at(job, state.known(job)) <= now:
         well = back_up(job, state, say, hurry=not args.due)
-        if well and job.wal:
-            known["gap"] = None
         state.save(every)
     if job.wal:
-        archived = archive(job, state, every, say)
+        archived = archive(job, state, say)
         if archived and known.get("trimmed") != known.get("snapshot"):
             trim(job)
             known["trimmed"] = known.get("snapshot")

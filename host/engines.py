@@ -21,6 +21,7 @@ OUR_SLOT = f"from pg_replication_slots where slot_name = '{SLOT}'"
 BASE = "bulkhead-base"
 """What a server calls the connection of a base backup of ours."""
 OUR_BASES = f"from pg_stat_replication where application_name = '{BASE}'"
+NO_BASE = f"not exists (select 1 {OUR_BASES})"
 SEGMENT = re.compile(r"[0-9A-F]{24}")
 HEXADECIMAL = "0123456789ABCDEF"
 HISTORY = re.compile(r"[0-9A-F]{8}\.history")
@@ -261,17 +262,18 @@ class Postgres:
             self.query(f"select pg_create_physical_replication_slot('{SLOT}', true)")
 
     def let_go(self, most: int) -> None:
-        """Gives up what is not archived where that is more than so many bytes: prod's disk comes first."""
+        """Gives up what is not archived where that is more than so many bytes, unless a base backup needs it: prod's
+        disk comes first."""
         self.query(
             f"select pg_drop_replication_slot('{SLOT}') {OUR_SLOT} "
-            f"and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most}"
+            f"and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most} and {NO_BASE}"
         )
 
     def archive(self, spool: Path) -> tuple[int, bool]:
         """Copies the WAL that is new into a folder. Returns how many files are new, and whether there is a gap.
 
         Whole segments never change while the slot holds them; the last one is copied as far as it has come, and
-        again the next time.
+        again the next time. As long as a base backup goes on the slot holds what that will ask for at its end.
         """
         spool.mkdir(parents=True, exist_ok=True, mode=0o700)
         held, last = self.query(
@@ -292,7 +294,7 @@ class Postgres:
                     old.unlink()
             # After a switch the next segment has no file until something is written to it.
             copied += copied_from(source, last, partial) if last in there else 0
-        self.query(f"select pg_replication_slot_advance('{SLOT}', {lsn_of(last)})")
+        self.query(f"select pg_replication_slot_advance('{SLOT}', {lsn_of(last)}) where {NO_BASE}")
         return copied, gap
 
 

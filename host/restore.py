@@ -21,7 +21,19 @@ from typing import Any
 
 from host import engines
 from host.backup import RESTORE_LABEL as LABEL
-from host.backup import WAIT_SECONDS, Job, Phases, State, alone, begun_anew, holder, jobs, said_of
+from host.backup import (
+    WAIT_SECONDS,
+    Job,
+    Phases,
+    State,
+    alone,
+    begun_anew,
+    between_wal,
+    holder,
+    jobs,
+    said_of,
+    wal_meanwhile,
+)
 from host.engines import Container, mountpoint
 from host.keep import BEST_EFFORT, used
 from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect, read_json, write
@@ -162,7 +174,7 @@ def budget(places: Places) -> str:
     return next((str(one["cgroup_parent"]) for one in environments.values() if one["tier"] == BEST_EFFORT), "")
 
 
-UNPACK = 'mkdir -p "$1" && tar -x -p -f /from/base.tar -C "$1" && chown "$2:$3" /to "$1" && chmod 700 "$1"'
+UNPACK = 'mkdir -p "$1" && tar -x -p -f - -C "$1" < /from/base.tar && chown "$2:$3" /to "$1" && chmod 700 "$1"'
 RECOVER = (
     'cd "$1" && { [ ! -e .bulkhead.conf ] || mv .bulkhead.conf postgresql.auto.conf; } && '
     'cp -p postgresql.auto.conf .bulkhead.conf && printf %s "$4" >> postgresql.auto.conf && '
@@ -817,7 +829,8 @@ def drilled(job: Job, state: State, say: Say) -> bool:
             say(f"{job.key}: restoring the newest backup from {target}")
             started_at = time.time()
             name = f"{job.volume}-drill-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-            done = restored(job, repository, "latest", name, say)
+            with wal_meanwhile():
+                done = restored(job, repository, "latest", name, say)
             ask(["docker", "volume", "rm", name], START_ENGINE)
             done.phases.begin("check")
             record[target] = {
@@ -826,7 +839,8 @@ def drilled(job: Job, state: State, say: Say) -> bool:
                 "rpo": round(began - done.until, 3),
                 "found": done.found,
             }
-            repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
+            with between_wal(job.places, "check"):  # it wants the repository for itself
+                repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
             record[target]["phases"] = done.phases.ended()
         known |= {
             "last_verified": began,

@@ -19,6 +19,8 @@ from typing import Any
 import docker
 import pytest
 
+from host.engines import OUR_BASES, Postgres, of_service
+from host.machine import Places
 from tests.e2e.conftest import DEV, PROD, Deployment
 from tests.e2e.test_deployment import eventually, healthy
 from tests.e2e.test_verify import PROGRAM, container
@@ -27,6 +29,7 @@ from tests.s3 import Server
 pytestmark = pytest.mark.e2e
 
 STATE = Path("/var/lib/bulkhead/backup/state.json")
+WAL = STATE.with_name("wal.json")
 JOBS = Path("/etc/bulkhead/backup")
 ORDERS = """
 create table if not exists written (id serial primary key, at timestamptz not null);
@@ -168,6 +171,42 @@ def test_a_database_comes_back_as_it_was_at_a_chosen_second(
     # Another history has begun, so it is backed up anew, and can be restored from there too.
     live.done("backup", DEV, SERVICE="db")
     live.done("drill", DEV, SERVICE="db")
+
+
+def test_wal_is_archived_while_a_base_backup_goes_on_which_has_all_that_it_needs_at_its_end(
+    live: Deployment, engine: docker.DockerClient
+) -> None:
+    slot = "select restart_lsn from pg_replication_slots"
+
+    def archived() -> None:
+        """As it is done each minute."""
+        noted = json.loads(WAL.read_text())
+        noted[f"{DEV}/db-data"]["wal_at"] = 0
+        WAL.write_text(json.dumps(noted))
+        done = agent("backup", "--wal", "--environment", DEV)
+        assert done.returncode == 0, done.stdout
+        assert json.loads(WAL.read_text())[f"{DEV}/db-data"]["wal_at"] > time.time() - 60
+
+    with nothing_else_runs():
+        live.done("backup", DEV, SERVICE="db")
+        server = Postgres.of(of_service(DEV, f"{DEV}-db-data", "db"), f"{DEV}-db-data", None, Places())
+        before = sql(engine, DEV, slot)
+        slow = subprocess.Popen([*server.base(hurry=True), "--max-rate=2M"], stdout=subprocess.DEVNULL)
+        try:
+            assert eventually(lambda: sql(engine, DEV, f"select count(*) {OUR_BASES}") == "1", seconds=30)
+            segment = sql(engine, DEV, "select pg_walfile_name(pg_current_wal_lsn())")
+            sql(engine, DEV, "create table meanwhile as select 1 as row; select pg_switch_wal(); checkpoint")
+            archived()
+            assert (WAL.parent / DEV / "db-data/wal" / segment).exists()
+            assert slow.poll() is None
+            assert sql(engine, DEV, slot) == before
+            assert slow.wait(120) == 0
+        finally:
+            slow.kill()
+            slow.wait()
+        archived()
+        assert sql(engine, DEV, slot) != before
+        sql(engine, DEV, "drop table meanwhile")
 
 
 def test_a_snapshot_comes_back_as_it_was_and_a_second_after_which_nothing_was_written_too(

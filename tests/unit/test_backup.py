@@ -101,7 +101,7 @@ def test_a_job_that_runs_and_is_verified_alarms_nobody() -> None:
         ({"last_success": NOW - 1.6 * DAY}, "overdue"),
         ({"failures": 2, "error": "full"}, "failed"),
         ({"shrunk": "from 9 to 1 bytes"}, "shrunk"),
-        ({"gap": "WAL is missing"}, "gap"),
+        ({"gap": "WAL is missing", "gap_at": NOW - 60}, "gap"),
         ({"unpruned": "99 backups"}, "not pruned"),
         ({"wal_error": "no space"}, "WAL failed"),
         ({"wal_at": NOW - 3600}, "WAL overdue"),
@@ -669,7 +669,7 @@ def archiving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Server, 
         one = replace(job(places), repositories={target.url: target for target in targets})
         state = State(places)
         try:
-            return backup.archive(one, state, [one], print)
+            return backup.archive(one, state, print)
         finally:
             state.save([one])
 
@@ -677,7 +677,7 @@ def archiving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Server, 
 
 
 def known(tmp_path: Path) -> dict[str, Any]:
-    return State(Places(tmp_path)).of(job())
+    return State(Places(tmp_path)).known(job())
 
 
 def test_wal_that_a_target_did_not_take_goes_there_later_also_when_nothing_is_new(
@@ -695,6 +695,59 @@ def test_wal_that_a_target_did_not_take_goes_there_later_also_when_nothing_is_ne
     assert archive(here, there)
     assert (here.times, there.times) == (1, 1)
     assert server.given_up == [backup.SLOT_BYTES] * 4
+
+
+def test_wal_is_archived_again_and_again_while_a_long_run_goes_on_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    monkeypatch.setattr(backup, "WAL_SECONDS", 0.05)
+    monkeypatch.setattr("host.watch.program", lambda: ["sh", "-c", f'echo "$@" >> {told}', "sh"])
+    with backup.wal_meanwhile():
+        until(lambda: told.exists() and len(told.read_text().splitlines()) > 1)
+    after = told.read_text()
+    assert set(after.splitlines()) == {"backup --wal"}
+    time.sleep(0.3)
+    assert told.read_text() == after
+    monkeypatch.setattr("host.watch.program", lambda: ["sh", "-c", f"touch {told}.2; exec sleep 60"])
+    began = time.monotonic()
+    with backup.wal_meanwhile():
+        until(lambda: Path(f"{told}.2").exists())
+    assert time.monotonic() - began < 30
+
+
+def test_wal_alone_is_archived_where_it_is_due_and_there_is_a_base_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, done = Places(tmp_path), list[str]()
+
+    def archive(one: Job, *_: Any) -> bool:
+        done.append(one.key)
+        return True
+
+    monkeypatch.setattr(backup, "archive", archive)
+    monkeypatch.setattr(backup, "deploying", lambda _: frozenset({"dev"}))
+    every = [replace(job(places), environment=name) for name in ("prod", "new", "late", "dev", "files")]
+    every[4] = replace(every[4], declared={**every[4].declared, "engine": "files"})
+    state = State(places)
+    for one in every:
+        state.of(one)["last_success"] = None if one.environment == "new" else time.time()
+    state.note_wal(every[2], wal_at=time.time())
+    assert backup.behind(every, state, every, places)
+    assert done == ["prod/db-data"]
+
+
+def test_what_wants_a_repository_for_itself_and_the_archiving_of_wal_wait_for_each_other(
+    archiving: tuple[Server, Callable[..., bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, archive = archiving
+    monkeypatch.setattr(backup, "WAIT_SECONDS", 0.3)
+    with backup.between_wal(Places(tmp_path), "prune"):
+        assert not archive(taken("here"))
+        assert "wal_error" not in known(tmp_path)  # whoever holds it says what is wrong
+        with pytest.raises(BackupError, match="prune, process"), backup.between_wal(Places(tmp_path), "check"):
+            pass
+    assert archive(taken("here"))
 
 
 def test_a_run_that_is_cut_off_after_the_copy_knows_what_it_has_not_saved(
@@ -716,11 +769,11 @@ def test_another_cluster_in_the_volume_is_another_history(
 ) -> None:
     server, archive = archiving
     assert archive(taken("here"))
-    assert not known(tmp_path).get("wanted")
+    assert not backup.gap(known(tmp_path))
     server.identity, server.new = "2", 1
     assert archive(taken("here"))
-    assert known(tmp_path)["wanted"]
-    assert "another cluster" in known(tmp_path)["gap"]
+    assert "another cluster" in backup.gap(known(tmp_path))
+    assert backup.due_at(job(), known(tmp_path) | {"last_success": NOW - 60}) > NOW  # a base backup later than that
     assert len(list(job(Places(tmp_path)).folder.glob("wal-*"))) == 1
     assert len(list(job(Places(tmp_path)).spool.iterdir())) == 1
     backup.begun_anew(job(Places(tmp_path)), State(Places(tmp_path)))
@@ -742,7 +795,7 @@ def test_wal_that_no_target_takes_does_not_fill_the_disk(
     assert job(Places(tmp_path)).spool.exists()
     assert not archive(taken("here", away=True))
     assert not job(Places(tmp_path)).spool.exists()
-    assert (known(tmp_path)["wal_at"], known(tmp_path)["wanted"]) == (at, True)
+    assert (known(tmp_path)["wal_at"], backup.due_at(job(), known(tmp_path))) == (at, 0)
     assert "no target has taken WAL" in known(tmp_path)["wal_error"]
 
 
