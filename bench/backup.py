@@ -39,6 +39,7 @@ from host.engines import OUR_SLOT, Postgres, mountpoint, of_service
 from host.machine import Places
 from host.restic import BackupError, Repository
 from settings import host
+from settings.backup import Backup
 from settings.errors import SettingsError
 from tests.bench.__main__ import Progressing, machine, positive, terminated
 from tests.bench.arms import BenchError, ran
@@ -66,6 +67,13 @@ ROW_BYTES = 1120
 """What a row of `filler` takes up on the disk. Hexadecimal digits: half as dense as what cannot be compressed."""
 TARGET = 0.95
 DOCS = Path("docs/research")
+RATE = (Backup(engine="postgres", schedule="daily").rate or 0) // 2**20
+ARMS: Mapping[str, Sequence[str] | None] = {
+    "no backup": None,
+    "scheduled backup": ["--rate", str(RATE)],
+    "backup by hand": [],
+}
+"""What goes on meanwhile: the options of a backup. A scheduled one has a ceiling; this is the one of who sets none."""
 RUNS = {"backup": "first backup", "again": "second backup", "restore": "restore"}
 
 
@@ -135,13 +143,14 @@ class Bench:
 
     # --- what prod's clients feel
 
-    def loaded(self, generator: Generator, rate: int, *, backing_up: bool) -> dict[str, float]:
-        """What clients see for some seconds, while one backup follows another, or none runs."""
+    def loaded(self, generator: Generator, rate: int, words: Sequence[str] | None) -> dict[str, float]:
+        """What clients see for some seconds, while one backup with these options follows another, or none runs."""
         seconds = self.chosen.seconds
         attack = generator.attack(self.url, rate, seconds)
         until, backups = time.monotonic() + seconds, 0
         command = [*LOWEST, sys.executable, PROGRAM, "backup", "--environment", PROD, "--job", JOB]
-        while backing_up and time.monotonic() < until:
+        command += words or ()
+        while words is not None and time.monotonic() < until:
             backups += 1
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
@@ -271,7 +280,7 @@ def measure(chosen: argparse.Namespace, engine: docker.DockerClient, console: Co
     with cleaned(engine, console, chosen) as bench:
         need_room(bench.folder, chosen.gigabytes * 6 * 10**9)
         generator = Generator(vegeta, bench.folder / "load")
-        progress = Progressing(console, 3 + 2 * chosen.pairs + 2 * chosen.rounds)
+        progress = Progressing(console, 3 + len(ARMS) * chosen.pairs + 2 * chosen.rounds)
         about = machine(engine)
         with progress.bar:
             progress.step("Deploying the shop (some minutes)")
@@ -285,10 +294,9 @@ def measure(chosen: argparse.Namespace, engine: docker.DockerClient, console: Co
             pairs = []
             for number in range(chosen.pairs):
                 pair = {}
-                for backing_up in random.permutation([True, False]):
-                    what = "with a backup" if backing_up else "without"
-                    progress.step(f"Load {number + 1} of {chosen.pairs}, {what}")
-                    pair["with" if backing_up else "without"] = bench.loaded(generator, rate, backing_up=backing_up)
+                for arm in random.permutation(list(ARMS)):
+                    progress.step(f"Load {number + 1} of {chosen.pairs}: {arm}")
+                    pair[str(arm)] = bench.loaded(generator, rate, ARMS[arm])
                     time.sleep(3)
                 pairs.append(pair)
             rounds = []
@@ -306,9 +314,11 @@ def measure(chosen: argparse.Namespace, engine: docker.DockerClient, console: Co
 def ratios(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was compared, the ratio with its interval, and what is wanted."""
     lines = []
-    for key, wanted in (("throughput", ""), ("p50", ""), ("p99", "")):
-        values = [pair["with"][key] / pair["without"][key] for pair in found["pairs"]]
-        lines.append((f"prod's {key} during a backup, to without", interval(values), wanted))
+    quiet, *busy = ARMS
+    for arm in busy:
+        for key in ("throughput", "p50", "p99"):
+            values = [pair[arm][key] / pair[quiet][key] for pair in found["pairs"]]
+            lines.append((f"prod's {key} during a {arm}, to without", interval(values), ""))
     speed = {key: [one["plain"][key] / one["ours"][key] for one in found["rounds"]] for key in ("backup", "restore")}
     again = [one["ours"]["again"] / one["ours"]["backup"] for one in found["rounds"]]
     added = [one["ours"]["added"] / one["ours"]["size"] for one in found["rounds"]]
@@ -362,7 +372,7 @@ def page(found: Mapping[str, Any]) -> str:
 Measured by `make bench-backup` on {found["at"][:10]}: {about["cpus"]} CPUs, {about["memory"] / 2**30:.0f} GiB, Docker
 {about["docker"]}, cgroup v{about["cgroup_version"]}; the example shop with {size / 1e9:.1f} GB in its database, asked
 {found["rate"]} times a second ({LOAD:.0%} of its capacity). Ratios in one run, with 95 % intervals where there are
-enough blocks; their number in brackets.
+enough blocks; their number in brackets. A scheduled backup reads {RATE} MiB a second at most, one by hand all it can.
 
 | compared | ratio | wanted |
 |---|---|---|

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,7 @@ from host import engines, restic
 from host.engines import Container, Postgres, Redis
 from host.machine import Places, Undecided, deploying, read_json, write
 from host.restic import BackupError, Repository, Snapshot
+from host.watch import program
 
 FIRST_PAUSE, LONGEST_PAUSE = 60.0, 3600.0
 JITTER = 0.1
@@ -62,9 +63,8 @@ RECORDS_BYTES = 4 * 2**20
 WAL_KEPT = {"last": 3, "daily": 2}
 """Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
 STATES_KEPT = 10
-RUNS, WAL = "backup.lock", "wal.lock"
-"""Of backups, drills and restores there is one at a time. WAL is archived meanwhile: its own lock keeps the slot, the
-history and what wants a repository for itself apart."""
+RUNS = "backup.lock"
+"""Of backups, drills and restores there is one at a time."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,13 @@ def told(environment: str, declared: Mapping[str, Any], since: float, places: Pl
 class State:
     """What is known of each job, by key: `last_success`, `last_verified`, `failures`, ... (seconds since 1970).
 
-    What is known of its WAL is in a file of its own, since WAL is archived while a base backup or a drill goes on, by
-    another process: who holds the lock `WAL` writes it, all at once, and nobody else.
+    What is known of WAL is in a file for each environment, since WAL is archived while a base backup or a drill goes
+    on, by another process: who holds that environment's lock (`between_wal`) writes it, all at once, and nobody else.
     """
 
     def __init__(self, places: Places) -> None:
         self._file = places.state / "backup/state.json"
-        self._wal = places.state / "backup/wal.json"
+        self._folder = places.state / "backup"
         self._records = places.state / "backup/records.jsonl"
         self._metrics = places.state / "metrics/backup.prom"
         self.jobs = _entries(self._file)
@@ -182,13 +182,16 @@ class State:
 
     def known(self, job: Job) -> dict[str, Any]:
         """All that is known of a job, its WAL as it is now."""
-        return self.of(job) | _entries(self._wal).get(job.key, {})
+        return self.of(job) | _entries(self._wal(job)).get(job.key, {})
+
+    def _wal(self, job: Job) -> Path:
+        return self._folder / f"wal-{job.environment}.json"
 
     def note_wal(self, job: Job, **new: Any) -> None:
         """Notes what is new of a job's WAL."""
-        entries = _entries(self._wal)
+        entries = _entries(self._wal(job))
         entries[job.key] = entries.get(job.key, {}) | new
-        write(self._wal, json.dumps(entries, indent=1, sort_keys=True) + "\n")
+        write(self._wal(job), json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
     def save(self, declared: Sequence[Job]) -> None:
         write(self._file, json.dumps(self.jobs, indent=1, sort_keys=True) + "\n")
@@ -392,8 +395,9 @@ def stop(places: Places) -> int:
         return 0 if free else 2
 
 
-def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) -> bool:
-    """One backup of a job into all its targets. Returns whether it succeeded; the reason is in state and records."""
+def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool, rate: int = 0) -> bool:
+    """One backup of a job into all its targets. Returns whether it succeeded; the reason is in state and records.
+    `rate`: bytes a second that it reads or stores at most; 0 for no ceiling."""
     known, started = state.of(job), time.time()
     known["last_attempt"] = started
     record: dict[str, Any] = {"job": job.key, "kind": "backup", "start": started}
@@ -401,7 +405,7 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
     say(f"{job.key}: backing up")
     try:
         with wal_meanwhile():
-            snapshot = saved(job, phases, hurry=hurry)
+            snapshot = saved(job, phases, hurry=hurry, rate=rate)
         before = known.get("size")
         shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
         known |= {
@@ -428,10 +432,10 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool) 
     return "error" not in record
 
 
-def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
+def saved(job: Job, phases: Phases, *, hurry: bool, rate: int) -> Snapshot:
     """Takes the backup: into the first target from the source, into the others from there. That restic can where one
     of two needs credentials only, so a second bucket gets a backup of its own."""
-    targets = job.targets
+    targets = [replace(one, rate=rate) for one in job.targets]
     if not targets:
         raise BackupError(f"{job.key}: no target. Next step: name one under bulkhead:backup in Pulumi.host.yaml")
     first, *others = targets
@@ -452,7 +456,9 @@ def saved(job: Job, phases: Phases, *, hurry: bool) -> Snapshot:
 def prune(job: Job, repository: Repository) -> None:
     """Lets go of the base backups that are not kept, in one target, and of the WAL before the last but one: of what is
     older, each base backup comes back as it was."""
-    with between_wal(job.places, "prune"):
+    with alone(job.places, "prune", WAIT_SECONDS, wal_lock(job)) as free:
+        if not free:
+            return  # WAL takes long, as after a target was away: the next run lets go of it
         bases, gone = repository.forget(job.declared["retain"], f"job:{job.name}", "kind:base")
         if job.wal and len(bases) > 2:
             gone |= repository.forget(WAL_KEPT, f"job:{job.name}", "kind:wal")[1]
@@ -483,7 +489,8 @@ def prune_states(repository: Repository) -> None:
 def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases) -> Snapshot:
     """A base backup with all the WAL that it needs, and the rows that every table had just before."""
     server = Postgres.of(job.container(), job.volume, job.declared.get("user"), job.places)
-    with between_wal(job.places, "backup"):
+    server.end_bases()  # there is one at a time, so nobody reads what still goes on
+    with between_wal(job, "backup"):
         server.hold()
         facts = server.facts() | {"at": time.time(), "history": history(job, server)[0], "position": server.position()}
     phases.begin("rows")
@@ -491,7 +498,7 @@ def take_postgres(job: Job, repository: Repository, hurry: bool, phases: Phases)
     phases.begin("save")
     tags = restic.tags(job.name, "base", facts)
     try:
-        return repository.save_stream(server.base(hurry=hurry), "base.tar", tags, LIMIT_SECONDS)
+        return repository.save_stream(server.base(hurry=hurry, rate=repository.rate), "base.tar", tags, LIMIT_SECONDS)
     except BaseException:  # restic has ended by now: what would look to it like the end of the file is none any more
         with suppress(BackupError):
             server.end_bases()
@@ -527,7 +534,7 @@ def archive(job: Job, state: State, say: Callable[[str], None]) -> bool:
     """Brings the WAL that is new into all targets. A gap in it makes a new base backup due."""
     started = time.time()
     try:
-        with between_wal(job.places, "WAL"):
+        with between_wal(job, "WAL"):
             try:
                 _archive(job, state, started, say)
             except Exception as error:
@@ -552,12 +559,12 @@ def _archive(job: Job, state: State, started: float, say: Callable[[str], None])
     try:
         copied, missing = server.archive(job.spool)
     finally:
-        server.let_go(SLOT_BYTES)
-    if unsaved and full(job.spool):
+        server.let_go(SLOT_BYTES, base_too=tight(server.folder))
+    if (unsaved or job.environment in best_effort(job.places)) and full(job.spool):
         shutil.rmtree(job.spool)
-        full_ = "no target has taken WAL until its disk was nearly full; a new base backup follows"
-        state.note_wal(job, unsaved=[], gap=full_, gap_at=started)
-        raise BackupError(full_)
+        why = "no target has taken WAL until its disk was nearly full; a new base backup follows"
+        state.note_wal(job, unsaved=[], gap=why, gap_at=started)
+        raise BackupError(why)
     if another or missing:
         why = "another cluster is in the volume" if another else f"WAL is missing before {ago(started, started)}"
         state.note_wal(job, gap=f"{why}; a new base backup follows", gap_at=started)
@@ -571,25 +578,29 @@ def _archive(job: Job, state: State, started: float, say: Callable[[str], None])
     state.note_wal(job, wal_at=started, wal_error=None, wal_seconds=round(time.time() - started, 3))
 
 
+def wal_lock(job: Job) -> str:
+    """Keeps apart what archives an environment's WAL, what wants its repositories for itself, and what begins anew."""
+    return f"wal-{job.environment}.lock"
+
+
 @contextmanager
-def between_wal(places: Places, what: str) -> Iterator[None]:
-    """While no other process archives WAL. BackupError where one does for too long."""
-    with alone(places, what, WAIT_SECONDS, WAL) as free:
+def between_wal(job: Job, what: str) -> Iterator[None]:
+    """While no other process archives WAL of the job's environment. BackupError where one does for too long."""
+    with alone(job.places, what, WAIT_SECONDS, wal_lock(job)) as free:
         if not free:
-            raise BackupError(f"{holder(places, WAL)} has not ended within {WAIT_SECONDS:g} s. It is tried again")
+            raise BackupError(f"{holder(job.places, wal_lock(job))} has not ended in time. It is tried again")
         yield
 
 
 @contextmanager
 def wal_meanwhile() -> Iterator[None]:
     """Has WAL archived while the body takes hours: else all that is written meanwhile is lost with the host."""
-    from host.watch import program
-
     over = threading.Event()
+    command = ["setpriv", "--pdeathsig", "TERM", *program(), "backup", "--wal"]
 
     def bring() -> None:
         while not over.wait(WAL_SECONDS):
-            with subprocess.Popen([*program(), "backup", "--wal"], stdin=subprocess.DEVNULL) as child:
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as child:
                 while child.poll() is None and not over.wait(0.2):
                     pass
                 if child.poll() is None:
@@ -634,16 +645,22 @@ def put_away(job: Job) -> None:
 
 def full(spool: Path) -> bool:
     """Whether the WAL on the host takes the last of its disk, since no target has taken it for too long."""
-    usage = shutil.disk_usage(spool)
     held = sum(file.stat().st_size for file in spool.iterdir())
-    return usage.free < usage.total * SPOOL_FREE and held > SLOT_BYTES
+    return tight(spool) and held > SLOT_BYTES
+
+
+def tight(folder: Path) -> bool:
+    """Whether a folder's disk is nearly full."""
+    usage = shutil.disk_usage(folder)
+    return usage.free < usage.total * SPOOL_FREE
 
 
 def begun_anew(job: Job, state: State) -> None:
     """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
     state.of(job)["wanted"] = True
-    (job.folder / "history").unlink(missing_ok=True)
-    put_away(job)
+    with between_wal(job, "restore"):
+        (job.folder / "history").unlink(missing_ok=True)
+        put_away(job)
 
 
 def trim(job: Job) -> None:
@@ -672,6 +689,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--background", action="store_true", help="in a process of its own")
     parser.add_argument("--store", metavar="NAME", default="", help="standard input, with the backups of --environment")
     parser.add_argument("--anew", action="store_true", help="this is the data: into a new repository where one is gone")
+    parser.add_argument("--rate", type=int, metavar="MIB", help="at most so much a second; else of --due as declared")
     parser.add_argument("--list", action="store_true", help="the snapshots, newest last")
     parser.add_argument("--verified", action="store_true", help="when each volume's was last checked, as JSON")
     parser.add_argument("--json", action="store_true", help="the report for a program")
@@ -702,7 +720,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
         under_way = deploying(places) | held(places)
         wanted = [job for job in wanted if job.environment not in under_way and is_due(job, state, now)]
         if not wanted and not restore.interrupted(places):
-            state.save(every)
+            state.tell(every)
             return 0
     if args.background:
         return in_background(args)
@@ -718,6 +736,7 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
             return 0 if args.due else 2
         state = State(places)
         well = bool(restore.put_right(places))
+        restore.swept(every)
         for environment in sorted(held(places) & {job.environment for job in wanted}):
             if args.anew:
                 (places.declared / f"backup/{environment}.held").unlink()
@@ -740,10 +759,18 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 
 
 def behind(wanted: Sequence[Job], state: State, every: Sequence[Job], places: Places) -> bool:
-    """Archives the WAL that is due of jobs that have a base backup. Whether it all went well."""
-    under_way, now = deploying(places) | held(places), time.time()
-    due = [job for job in wanted if job.wal and job.environment not in under_way and state.of(job).get("last_success")]
-    done = [archive(job, state, print) for job in due if wal_due_at(state.known(job)) <= now]
+    """Archives the WAL that is due of jobs that have a base backup. Whether it all went well.
+
+    Not that of best-effort environments: a server that answers slowly would hold up prod's.
+    """
+    without, now = deploying(places) | held(places) | best_effort(places), time.time()
+    due = [job for job in wanted if job.wal and job.environment not in without and state.of(job).get("last_success")]
+    done = []
+    for job in due:
+        with alone(places, "WAL", lock=wal_lock(job)) as free:
+            pass  # else somebody is at it, or at what wants the repository for itself
+        if free and wal_due_at(state.known(job)) <= now:
+            done.append(archive(job, state, print))
     state.tell(every)
     return all(done)
 
@@ -802,7 +829,8 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
 
     well, now, known = True, time.time(), state.of(job)
     if not args.due or due_at(job, state.known(job)) <= now:
-        well = back_up(job, state, say, hurry=not args.due)
+        rate = args.rate * 2**20 if args.rate else int(job.declared.get("rate") or 0) if args.due else 0
+        well = back_up(job, state, say, hurry=not args.due, rate=rate)
         state.save(every)
     if job.wal:
         archived = archive(job, state, say)
@@ -819,8 +847,6 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
 
 def in_background(args: argparse.Namespace) -> int:
     """Starts what is due in a session of its own, with the lowest claims on CPU and disk."""
-    from host.watch import program  # only where no systemd does this
-
     options = [f"--environment={one}" for one in args.environment] + [f"--job={one}" for one in args.job]
     subprocess.Popen(
         [*LOWEST, *program(), "backup", "--due", *options],

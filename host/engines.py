@@ -22,6 +22,9 @@ BASE = "bulkhead-base"
 """What a server calls the connection of a base backup of ours."""
 OUR_BASES = f"from pg_stat_replication where application_name = '{BASE}'"
 NO_BASE = f"not exists (select 1 {OUR_BASES})"
+SEGMENT_MOST, MOST = 2**30, 8 * 2**30
+"""Bytes of a segment (PostgreSQL's own ceiling), and of WAL that is copied at once: the slot is given up long before.
+Who runs in an environment owns its `pg_wal`, and may put there what they like."""
 SEGMENT = re.compile(r"[0-9A-F]{24}")
 HEXADECIMAL = "0123456789ABCDEF"
 HISTORY = re.compile(r"[0-9A-F]{8}\.history")
@@ -227,16 +230,18 @@ class Postgres:
             "--no-password", *words,
         ]  # fmt: skip
 
-    def base(self, *, hurry: bool) -> list[str]:
+    def base(self, *, hurry: bool, rate: int = 0) -> list[str]:
         """The command that prints a base backup as a tar file, with all the WAL that it needs.
 
         `hurry`: with a checkpoint at once, for somebody who waits. Otherwise the server spreads it, over up to 0.9 of
         its `checkpoint_timeout`: 4.5 minutes in which no processor is used and nobody waits, against a burst of writes
-        that prod would feel each night.
+        that prod would feel each night. `rate`: bytes a second that it reads at most; 0 for no ceiling.
         """
+        slow = [f"--max-rate={min(max(rate // 1024, 32), 2**20)}"] if rate else []
         return self.program(
             "pg_basebackup", "--pgdata=-", "--format=tar", "--wal-method=fetch",
             f"--checkpoint={'fast' if hurry else 'spread'}", "--label=bulkhead", f"--dbname=application_name={BASE}",
+            *slow,
         )  # fmt: skip
 
     def end_bases(self) -> None:
@@ -261,13 +266,13 @@ class Postgres:
         if not state:
             self.query(f"select pg_create_physical_replication_slot('{SLOT}', true)")
 
-    def let_go(self, most: int) -> None:
-        """Gives up what is not archived where that is more than so many bytes, unless a base backup needs it: prod's
-        disk comes first."""
-        self.query(
-            f"select pg_drop_replication_slot('{SLOT}') {OUR_SLOT} "
-            f"and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most} and {NO_BASE}"
-        )
+    def let_go(self, most: int, *, base_too: bool) -> None:
+        """Gives up what is not archived where that is more than so many bytes: prod's disk comes first. What a base
+        backup needs only where its disk is nearly full (`base_too`): the base backup ends then."""
+        behind = f"{OUR_SLOT} and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most}"
+        if base_too and self.query(f"select 1 {behind}"):
+            self.end_bases()
+        self.query(f"select pg_drop_replication_slot('{SLOT}') {behind}" + ("" if base_too else f" and {NO_BASE}"))
 
     def archive(self, spool: Path) -> tuple[int, bool]:
         """Copies the WAL that is new into a folder. Returns how many files are new, and whether there is a gap.
@@ -284,10 +289,14 @@ class Postgres:
         copied = 0
         with opened(mountpoint(self.volume), self.folder / "pg_wal") as source:
             there = sorted(os.listdir(source))  # noqa: PTH208 - pathlib has no descriptors
+            taken = 0
             for name in there:
                 whole = bool(SEGMENT.fullmatch(name)) and held <= name < last
                 if (whole or HISTORY.fullmatch(name)) and not (spool / name).exists():
                     copied += copied_from(source, name, spool / name)
+                    taken += (spool / name).stat().st_size
+                    if taken > MOST:
+                        raise BackupError(f"more than {MOST / 2**30:g} GiB of WAL at once")
             partial = spool / f"{last}.partial"
             for old in spool.glob("*.partial"):
                 if old != partial:
@@ -384,8 +393,12 @@ def copied_from(folder: int, name: str, target: Path) -> int:
         if target.exists() and target.stat().st_mtime_ns == now.st_mtime_ns:
             return 0
         draft = target.with_name(f".{target.name}")
+        if now.st_size > SEGMENT_MOST:
+            raise BackupError(f"{name}: {now.st_size} bytes are no segment of WAL")
         with draft.open("wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())  # it is not copied again, and the server keeps it no longer
         os.utime(draft, ns=(now.st_atime_ns, now.st_mtime_ns))
         draft.replace(target)
     return 1

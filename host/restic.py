@@ -34,6 +34,8 @@ STEPS = (
     (FULL, "the target is full: make room there, or let fewer snapshots be kept (retain)"),
     (("wrong password or no key found",), "this is another repository's key: see docs/runbooks/lost-key.md"),
 )
+ENDS_TOO = ("setpriv", "--pdeathsig", "KILL")
+"""What is started by it ends with whoever started it, however that ends."""
 NOT_INSTALLED = "restic is not installed. Next step: apt-get install restic"
 ANSWER_SECONDS = 600
 INCOMPLETE = 3
@@ -75,7 +77,8 @@ class Repository:
     """Where it is, its key, and the credentials of its target as restic's variables (`AWS_ACCESS_KEY_ID`, ...).
 
     `append_only`: the credentials cannot delete, so nothing is let go of here. `read_only`: they cannot even lock it.
-    `mark`: a file that says that it has been there; it is not begun anew then where it is gone.
+    `mark`: a file that says that it has been there; it is not begun anew then where it is gone. `rate`: bytes a second
+    that are stored at most; 0 for no ceiling.
     """
 
     url: str
@@ -85,6 +88,7 @@ class Repository:
     append_only: bool = False
     read_only: bool = False
     mark: Path | None = None
+    rate: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,7 +102,8 @@ class Repository:
 
     @property
     def _restic(self) -> list[str]:
-        return ["restic", *(["--no-lock"] if self.read_only else [])]
+        slow = [f"--limit-upload={max(1, self.rate // 1024)}"] if self.rate else []
+        return ["restic", *(["--no-lock"] if self.read_only else []), *slow]
 
     def call(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
         """Standard output of `restic words`. BackupError with the next step."""
@@ -282,7 +287,7 @@ class Repository:
 
     def dump(self, snapshot: str, file: str) -> list[str]:
         """The command that prints one file of a snapshot; it needs `environment`."""
-        return [*self._restic, "--quiet", "dump", snapshot, file]
+        return [*ENDS_TOO, *self._restic, "--quiet", "dump", snapshot, file]
 
     def dump_into(self, target: IO[bytes], snapshot: str, file: str) -> None:
         """Writes one file of a snapshot into an open one. BackupError where it is not there, or not whole."""
@@ -321,7 +326,8 @@ class Repository:
     def copy_from(self, other: "Repository", *snapshots: str) -> None:
         """Copies snapshots of another repository that are not here yet."""
         theirs = {"RESTIC_FROM_REPOSITORY": other.url, "RESTIC_FROM_PASSWORD": other.password}
-        joined = Repository(self.url, self.password, self.cache, {**other.variables, **self.variables, **theirs})
+        variables = {**other.variables, **self.variables, **theirs}
+        joined = Repository(self.url, self.password, self.cache, variables, rate=self.rate)
         self._again(lambda: joined.call("copy", *snapshots, seconds=24 * 3600))
         self._seen()
 
@@ -428,8 +434,9 @@ def _running(
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         if shutil.which(command[0]) is None:
             raise Undecided(NOT_INSTALLED)
-        dying = ["setpriv", "--pdeathsig", "KILL", *command]
-        child = subprocess.Popen(dying, env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder)
+        child = subprocess.Popen(
+            [*ENDS_TOO, *command], env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder
+        )
         try:
             yield Running(child, output, errors)
         finally:

@@ -5,6 +5,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,24 +210,42 @@ def unpack(job: Job, repository: Repository, snapshot: Snapshot, size: int, volu
         command = in_volume(job, snapshot, volume, UNPACK, options=(f"--volume={folder}:/from:ro",))
         with progress(mountpoint(volume), size, say), started(command) as container:
             with taken(pipe, container) as sink:
-                dumped = subprocess.run(
-                    repository.dump(snapshot.id, "/base.tar"),
-                    env=repository.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=sink,
-                    stderr=subprocess.PIPE,
-                    check=False,
-                )
+                error = dumped(repository, snapshot, sink)
+            if error and CLOSED not in str(error):
+                raise error
             code = ask(["docker", "wait", container.id], START_ENGINE, seconds=RECOVERY_SECONDS).strip()
             if code != "0":
                 raise BackupError(f"unpacking ended with {code}: {last_words(container)}")
-        if dumped.returncode:
-            raise repository.error("dump", dumped.stderr.decode(errors="replace"))
+            if error:
+                raise error
+
+
+CLOSED = "broken pipe"
+"""What restic says where the other end of the pipe has ended, which says why itself."""
+
+
+def dumped(repository: Repository, snapshot: Snapshot, sink: int) -> BackupError | None:
+    """Writes a base backup into a pipe; what went wrong."""
+    try:
+        done = subprocess.run(
+            repository.dump(snapshot.id, "/base.tar"),
+            env=repository.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            timeout=RECOVERY_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return BackupError(f"nobody has taken the base backup within {RECOVERY_SECONDS:g} s")
+    return repository.error("dump", done.stderr.decode(errors="replace")) if done.returncode else None
 
 
 @contextmanager
 def taken(pipe: Path, reader: Container) -> Iterator[int]:
-    """A named pipe to write into, once a container has opened it to read. BackupError where it ends before."""
+    """A named pipe to write into, once a container has opened it to read. BackupError where it ends before, or does
+    not: the image's shell is whoever's who made it."""
+    deadline = time.monotonic() + HEALTHY_SECONDS
     while True:
         try:
             sink = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
@@ -235,6 +254,8 @@ def taken(pipe: Path, reader: Container) -> Iterator[int]:
             if error.errno != errno.ENXIO:
                 raise
         alive(reader, "unpacking")
+        if time.monotonic() > deadline:
+            raise BackupError(f"unpacking has not begun within {HEALTHY_SECONDS:g} s: {last_words(reader)}")
         time.sleep(0.05)
     try:
         os.set_blocking(sink, True)
@@ -665,6 +686,22 @@ def put_right(places: Places) -> bool:
     return well
 
 
+def swept(every: Sequence[Job]) -> None:
+    """Removes what a run that was killed has left: containers, volumes of drills, folders. Nothing else runs now."""
+    with suppress(Undecided):  # the engine; whoever needs it says so
+        for one in ask(["docker", "ps", "--all", "--quiet", f"--filter=label={LABEL}"], START_ENGINE).split():
+            ask(["docker", "rm", "--force", "--volumes", one], START_ENGINE)
+        for name in ask(["docker", "volume", "ls", "--quiet", f"--filter=label={LABEL}"], START_ENGINE).split():
+            if DRILL.search(name):
+                ask(["docker", "volume", "rm", "--force", name], START_ENGINE)
+    for folder in (found for job in every for left in LEFT for found in job.folder.glob(left)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+DRILL = re.compile(r"-drill-\d{8}-\d{6}-\d+$")
+LEFT = ("unpack-*", "restore-*")
+
+
 def interrupted(places: Places) -> list[Path]:
     """Exchanges that something has ended in the middle."""
     return sorted((places.state / "backup").glob(f"*/*/{INTENT}"))
@@ -800,7 +837,8 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
         began = time.time()
         job = one_of(jobs(places, [one["environment"]], [key]))
         to = Job(environment, key, {**one, "service": None}, {}, began, 0.0, 0.0, places)
-        done = refreshed(job, to, one["mask"], say)
+        with wal_meanwhile():
+            done = refreshed(job, to, one["mask"], say)
         if not args.yes:
             say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
             continue
@@ -839,7 +877,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
                 "rpo": round(began - done.until, 3),
                 "found": done.found,
             }
-            with between_wal(job.places, "check"):  # it wants the repository for itself
+            with between_wal(job, "check"):  # it wants the repository for itself
                 repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
             record[target]["phases"] = done.phases.ended()
         known |= {
@@ -935,7 +973,8 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
     """Restores into a fresh volume; then, with --yes, in place of the old one."""
     volume = args.to or f"{job.volume}-restore-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     began = time.time()
-    done = restored(job, source(job, args.target, as_caller=args.as_caller), args.at, volume, say)
+    with wal_meanwhile():
+        done = restored(job, source(job, args.target, as_caller=args.as_caller), args.at, volume, say)
     say(f"{job.key}: restored into {volume} and checked, in {time.time() - began:.1f} s: {json.dumps(summary(done))}")
     record = {"job": job.key, "kind": "restore", "start": began, "snapshot": done.snapshot.id}
     if args.to or not args.yes:

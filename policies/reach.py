@@ -37,6 +37,7 @@ from policies.world import (
     Field,
     Graph,
 )
+from settings.dockerfile import IMAGE_ID
 from settings.ledger import Environment, Tier
 
 SHARED_NETWORKS = frozenset({"", "bridge", "default"})
@@ -536,11 +537,6 @@ def _made_here(image: str, stack: Graph) -> bool:
     return any(stack.puts_out(one, "imageId") == image for one in stack.of(IMAGE))
 
 
-IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]+", re.IGNORECASE)
-"""What the engine may take for an image's id, or the beginning of one (`docker run 4f3a`), since it has such an image
-here: a name of a registry that looks like one (`cafe`) gets a tag."""
-
-
 @rule(
     id="build-reach",
     title="builds of a best-effort environment reach neither the engine's network nor another's cache",
@@ -627,6 +623,8 @@ def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
 def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
     path, mine = str(field.value or ""), about.resource.stack
     own_file = f"give {mine} a file of its own in the checkout, or a secret under bulkhead:secrets"
+    if field.path.endswith("build.context.owner"):
+        own_file = "leave it out in .dockerignore by its plain path (secrets, not **/secrets), or build another folder"
     if field.path.endswith(".owner"):
         told = about.resource.props["reads"].get(field.path.removeprefix("reads.").removesuffix(".owner"), {})
         if path and path != mine and (why := told.get("unreadable")):

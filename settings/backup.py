@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from settings.errors import Frozen
+from settings.units import parse_bytes
 
 Engine = Literal["postgres", "redis", "files"]
 SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -72,6 +73,7 @@ class Backup(Frozen):
     names of the ledger's targets; all of them where it is empty. `user`, `database`: of postgres, where they are not
     the image's own. `verify`: a query (postgres; its answer must not be empty, zero or false) or a command (files) that
     a restored copy is asked. `shrink`: a snapshot that is smaller than the last by more than this share is reported.
+    `rate`: bytes a second that a scheduled run reads or stores at most; without a ceiling where it is null.
     """
 
     engine: Engine
@@ -85,6 +87,7 @@ class Backup(Frozen):
     before: str | None = None
     after: str | None = None
     shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    rate: Annotated[int, BeforeValidator(parse_bytes), Field(ge=2**20)] | None = 32 * 2**20
 
     @property
     def every(self) -> int:

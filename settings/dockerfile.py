@@ -12,6 +12,10 @@ FRONTENDS = re.compile(r"(?:docker\.io/)?docker/dockerfile(?::[\w.-]+)?(?:@sha25
 PLATFORM = tuple(f"{of}{part}" for of in ("TARGET", "BUILD") for part in ("PLATFORM", "OS", "ARCH", "VARIANT"))
 """ARGs that BuildKit itself gives a value: `linux/amd64` and parts of it."""
 
+IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]+", re.IGNORECASE)
+"""What the engine may take for an image's id, or the beginning of one (`docker run 4f3a`), since it has such an image
+here: a name of a registry that looks like one (`cafe`) gets a tag."""
+
 _DIRECTIVE = re.compile(r"^\s*(?:#|//)\s*syntax\s*=\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _ESCAPE = re.compile(r"^\s*#\s*escape\s*=\s*`", re.IGNORECASE | re.MULTILINE)
 _COMMENT = re.compile(r"^[^\S\x1c-\x1f]*#.*\n?", re.MULTILINE)  # what is space to Go; to Python a little more is
@@ -73,9 +77,15 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
 
 
 def images(text: str, arguments: Mapping[str, str]) -> list[str]:
-    """The images that a Dockerfile names, as `fetches` reads it; where a variable has no value it stays, as `$BASE`."""
-    views = ((view, _known(view, arguments)) for view in _views(_unified(text)))
-    return list(dict.fromkeys(image for view, known in views for image in _images(view, known, arguments)))
+    """The images that a Dockerfile names, as `fetches` reads it; where a variable has no value it stays, as `$BASE`.
+
+    Without ids that are a stage's name: only BuildKit knows heredocs, in which a stage may seem to begin, and it takes
+    no ids.
+    """
+    views = [(view, _known(view, arguments)) for view in _views(_unified(text))]
+    named = dict.fromkeys(image for view, known in views for image in _images(view, known, arguments))
+    stages = {stage[1].lower() for view, _ in views for one in view if (stage := _STAGE.search(one.rest))}
+    return [image for image in named if not (IMAGE_ID.fullmatch(image) and image.lower() in stages)]
 
 
 def _unified(text: str) -> str:

@@ -2,6 +2,7 @@
 The deployer may read prod's secrets; what dev's Compose file names must not."""
 
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,42 +105,66 @@ def declared(
 
 def _owner(one: Read, path: Path, theirs: Mapping[Path, str]) -> str:
     """Whose secret reading `path` reads: the same, around it, or in it where a build does not leave it out."""
-    opened: Sequence[Path] = [path]
-    inner = any(secret != path and secret.is_relative_to(path) for secret in theirs)
-    if one.build is not None and inner:  # only then, since all of the context is walked
-        opened = [path, *(path / name for name in sent(one.build))]
     for secret, name in theirs.items():
-        around = one.build is None and secret.is_relative_to(path)
-        if around or any(file.is_relative_to(secret) for file in opened):
+        if path.is_relative_to(secret):
+            return name
+        around = secret.is_relative_to(path) and (one.build is None or secret.exists())
+        if around and not (one.build and left_out(one.build, secret.relative_to(path))):
             return name
     return ""
 
 
-def sent(build: Build) -> Sequence[str]:
-    """The files of a build's context that some builder gets, relative to it: all but what .dockerignore leaves out.
+def ignores(build: Build) -> list[Path]:
+    """The files that may say what is left out of a build's context: BuildKit takes `<Dockerfile>.dockerignore` where
+    there is one, the first builder never does."""
+    context = Path(build.context)
+    beside = context / f"{build.dockerfile}.dockerignore"
+    return [context / ".dockerignore", *([beside] if beside.is_file() else [])]
 
-    BuildKit takes `<Dockerfile>.dockerignore` instead where there is one, the first builder never does.
+
+def left_out(build: Build, path: Path) -> bool:
+    """Whether no builder gets a file or folder of a build's context, nor anything in it, for certain.
+
+    Only plain paths and `*` are taken to leave something out: libraries and builders differ in the rest (letters' case,
+    ends of lines, `**`, sets of letters), and what one of them sends, the image has.
     """
+    return all(_leaves_out(_patterns(file), path.as_posix()) for file in ignores(build))
+
+
+def _patterns(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="replace").split("\n")
+    stripped = (line.strip(" \t\r") for line in lines if not line.startswith("#"))
+    return [line for line in stripped if line]
+
+
+def _leaves_out(patterns: Sequence[str], path: str) -> bool:
+    out = False
+    for written in patterns:
+        pattern = written.removeprefix("!").strip(" \t")
+        exception, plain = written.startswith("!"), posixpath.normpath(pattern).lstrip("/")
+        if pattern in ("*", "**"):
+            out = not exception
+        elif exception and (not _PLAIN.fullmatch(plain) or _within(path, plain) or _within(plain, path)):
+            out = False
+        elif not exception and _PLAIN.fullmatch(plain) and _within(path, plain):
+            out = True
+    return out
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+_PLAIN = re.compile(r"(?!\.\.)[\w./@+,=~ -]+", re.ASCII)
+
+
+def sent(build: Build) -> Sequence[str]:
+    """The files of a build's context that the engine gets, relative to it: all but what .dockerignore leaves out."""
     from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
 
-    context = Path(build.context)
     found: set[str] = set()
-    for ignore in (context / ".dockerignore", context / f"{build.dockerfile}.dockerignore"):
-        if ignore.is_file() or ignore.name == ".dockerignore":
-            patterns = ignore.read_text().splitlines() if ignore.is_file() else []
-            found.update(exclude_paths(str(context), _as_the_engine(patterns), dockerfile=build.dockerfile))
+    for file in ignores(build):
+        found.update(exclude_paths(build.context, _patterns(file), dockerfile=build.dockerfile))
     return sorted(found)
-
-
-_ELSEWHERE = re.compile(r"\[[!^\]]|\\")
-
-
-def _as_the_engine(patterns: Sequence[str]) -> list[str]:
-    """Patterns of a .dockerignore that docker-py takes as the engine does. Sets of letters to leave out and escapes it
-    takes otherwise: with these nothing is left out."""
-    stripped = [line.strip() for line in patterns if line.strip() and not line.startswith("#")]
-    return [
-        "!**" if _ELSEWHERE.search(line) else line
-        for line in stripped
-        if line.startswith("!") or not _ELSEWHERE.search(line)
-    ]

@@ -585,6 +585,7 @@ class Server:
 
     def __init__(self) -> None:
         self.new, self.identity, self.given_up = 1, "1", list[int]()
+        self.folder, self.ended_bases = Path("/"), list[bool]()
 
     def cluster(self) -> str:
         return self.identity
@@ -602,8 +603,9 @@ class Server:
             (spool / f"{len(list(spool.iterdir())):024X}").write_text("wal")
         return copied, False
 
-    def let_go(self, most: int) -> None:
+    def let_go(self, most: int, *, base_too: bool) -> None:
         self.given_up.append(most)
+        self.ended_bases.append(base_too)
 
 
 @pytest.mark.parametrize("ends", [BackupError("the target is full"), SystemExit(143)], ids=str)
@@ -702,14 +704,14 @@ def test_wal_is_archived_again_and_again_while_a_long_run_goes_on_and_no_longer(
 ) -> None:
     told = tmp_path / "told"
     monkeypatch.setattr(backup, "WAL_SECONDS", 0.05)
-    monkeypatch.setattr("host.watch.program", lambda: ["sh", "-c", f'echo "$@" >> {told}', "sh"])
+    monkeypatch.setattr(backup, "program", lambda: ["sh", "-c", f'echo "$@" >> {told}', "sh"])
     with backup.wal_meanwhile():
         until(lambda: told.exists() and len(told.read_text().splitlines()) > 1)
     after = told.read_text()
     assert set(after.splitlines()) == {"backup --wal"}
     time.sleep(0.3)
     assert told.read_text() == after
-    monkeypatch.setattr("host.watch.program", lambda: ["sh", "-c", f"touch {told}.2; exec sleep 60"])
+    monkeypatch.setattr(backup, "program", lambda: ["sh", "-c", f"touch {told}.2; exec sleep 60"])
     began = time.monotonic()
     with backup.wal_meanwhile():
         until(lambda: Path(f"{told}.2").exists())
@@ -742,10 +744,10 @@ def test_what_wants_a_repository_for_itself_and_the_archiving_of_wal_wait_for_ea
 ) -> None:
     _, archive = archiving
     monkeypatch.setattr(backup, "WAIT_SECONDS", 0.3)
-    with backup.between_wal(Places(tmp_path), "prune"):
+    with backup.between_wal(job(Places(tmp_path)), "prune"):
         assert not archive(taken("here"))
         assert "wal_error" not in known(tmp_path)  # whoever holds it says what is wrong
-        with pytest.raises(BackupError, match="prune, process"), backup.between_wal(Places(tmp_path), "check"):
+        with pytest.raises(BackupError, match="prune, process"), backup.between_wal(job(Places(tmp_path)), "check"):
             pass
     assert archive(taken("here"))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from settings.backup import BackupSettings
-from settings.compose import Port, Project, Service
+from settings.compose import Build, Port, Project, Service
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings, Tier
 from settings.project import (
@@ -24,6 +24,7 @@ from settings.project import (
     refreshed,
     root,
 )
+from settings.reads import left_out
 from settings.sources import Sources
 
 LEDGER = LedgerSettings.model_validate(
@@ -416,15 +417,37 @@ def ignoring(checkout: Path, **ignored: str) -> bool:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["[!x]ecret", "[^s]ecret\nother", "sec\\ret", "secret\n![s]ecret", "secret\n!\\secret", "#secret", "other"],
+    [
+        *("[!x]ecret", "[^s]ecret\nother", "sec\\ret", "secret\n![s]ecret", "secret\n!\\secret", "#secret", "other"),
+        *("SECRET", "x\u2028secret", "x\rsecret", "x\x0csecret", "secret\n!secret", "*\n!secret", "secret\n!*"),
+        *(
+            "secret\n!**/secret",
+            "secret/..",
+            "secret\x1c",
+            "secrets",
+            "[s]ecret",
+            "s?cret",
+            "**/secret",
+        ),  # the last may leave it out
+    ],
 )
-def test_what_the_engine_does_not_leave_out_of_a_build_is_in_it(pattern: str, checkout: Path) -> None:
+def test_what_a_builder_may_not_leave_out_is_in_the_build(pattern: str, checkout: Path) -> None:
     assert ignoring(checkout, **{".dockerignore": pattern})
 
 
-@pytest.mark.parametrize("pattern", ["secret", "*\n!Dockerfile", " /secret ", "[s]ecret", "s?cret"])
-def test_what_the_engine_leaves_out_of_a_build_is_not_in_it(pattern: str, checkout: Path) -> None:
+@pytest.mark.parametrize(
+    "pattern", ["secret", "*\n!Dockerfile", " /secret ", "**", "!secret\n./secret", "\ufeffsecret\r"]
+)
+def test_what_every_builder_leaves_out_is_not_in_the_build(pattern: str, checkout: Path) -> None:
     assert not ignoring(checkout, **{".dockerignore": pattern})
+
+
+@pytest.mark.parametrize(("pattern", "sent"), [("keys", False), ("keys\n!keys/public", True), ("keys/a", True)])
+def test_a_folder_of_prods_is_left_out_as_a_whole(pattern: str, sent: bool, checkout: Path) -> None:
+    files(checkout, ctx__keys__a="x", ctx__keys__public="x", ctx__Dockerfile="FROM scratch\n")
+    build = Build(context=str(checkout / "ctx"))
+    (checkout / "ctx/.dockerignore").write_text(pattern)
+    assert left_out(build, Path("keys")) is not sent
 
 
 def test_what_only_one_builder_leaves_out_of_a_build_is_in_it(checkout: Path) -> None:
