@@ -29,7 +29,7 @@ from tests.s3 import Server
 pytestmark = pytest.mark.e2e
 
 STATE = Path("/var/lib/bulkhead/backup/state.json")
-WAL = STATE.with_name("wal.json")
+WAL = STATE.with_name(f"wal-{PROD}.json")
 JOBS = Path("/etc/bulkhead/backup")
 ORDERS = """
 create table if not exists written (id serial primary key, at timestamptz not null);
@@ -181,32 +181,32 @@ def test_wal_is_archived_while_a_base_backup_goes_on_which_has_all_that_it_needs
     def archived() -> None:
         """As it is done each minute."""
         noted = json.loads(WAL.read_text())
-        noted[f"{DEV}/db-data"]["wal_at"] = 0
+        noted[f"{PROD}/db-data"]["wal_at"] = 0
         WAL.write_text(json.dumps(noted))
-        done = agent("backup", "--wal", "--environment", DEV)
+        done = agent("backup", "--wal", "--environment", PROD)
         assert done.returncode == 0, done.stdout
-        assert json.loads(WAL.read_text())[f"{DEV}/db-data"]["wal_at"] > time.time() - 60
+        assert json.loads(WAL.read_text())[f"{PROD}/db-data"]["wal_at"] > time.time() - 60
 
     with nothing_else_runs():
-        live.done("backup", DEV, SERVICE="db")
-        server = Postgres.of(of_service(DEV, f"{DEV}-db-data", "db"), f"{DEV}-db-data", None, Places())
-        before = sql(engine, DEV, slot)
+        live.done("backup", PROD, SERVICE="db")
+        server = Postgres.of(of_service(PROD, f"{PROD}-db-data", "db"), f"{PROD}-db-data", None, Places())
+        before = sql(engine, PROD, slot)
         slow = subprocess.Popen([*server.base(hurry=True), "--max-rate=2M"], stdout=subprocess.DEVNULL)
         try:
-            assert eventually(lambda: sql(engine, DEV, f"select count(*) {OUR_BASES}") == "1", seconds=30)
-            segment = sql(engine, DEV, "select pg_walfile_name(pg_current_wal_lsn())")
-            sql(engine, DEV, "create table meanwhile as select 1 as row; select pg_switch_wal(); checkpoint")
+            assert eventually(lambda: sql(engine, PROD, f"select count(*) {OUR_BASES}") == "1", seconds=30)
+            segment = sql(engine, PROD, "select pg_walfile_name(pg_current_wal_lsn())")
+            sql(engine, PROD, "create table meanwhile as select 1 as row; select pg_switch_wal(); checkpoint")
             archived()
-            assert (WAL.parent / DEV / "db-data/wal" / segment).exists()
+            assert (WAL.parent / PROD / "db-data/wal" / segment).exists()
             assert slow.poll() is None
-            assert sql(engine, DEV, slot) == before
+            assert sql(engine, PROD, slot) == before
             assert slow.wait(120) == 0
         finally:
             slow.kill()
             slow.wait()
         archived()
-        assert sql(engine, DEV, slot) != before
-        sql(engine, DEV, "drop table meanwhile")
+        assert sql(engine, PROD, slot) != before
+        sql(engine, PROD, "drop table meanwhile")
 
 
 def test_a_snapshot_comes_back_as_it_was_and_a_second_after_which_nothing_was_written_too(

@@ -610,9 +610,9 @@ class Server:
 
 @pytest.mark.parametrize("ends", [BackupError("the target is full"), SystemExit(143)], ids=str)
 def test_a_base_backup_that_nobody_reads_any_more_is_ended_in_its_server_too(
-    ends: BaseException, monkeypatch: pytest.MonkeyPatch
+    ends: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What runs in a container outlives the `docker exec` that has started it."""
+    """What runs in a container outlives the `docker exec` that has started it, also that of a run that was killed."""
     asked: list[str] = []
 
     def query(_: object, sql: str, __: str = "") -> str:
@@ -633,7 +633,8 @@ def test_a_base_backup_that_nobody_reads_any_more_is_ended_in_its_server_too(
     monkeypatch.setattr(backup, "history", lambda *_: ("1", False))
     monkeypatch.setattr(Repository, "save_stream", save_stream)
     with pytest.raises(type(ends)):
-        backup.take_postgres(job(), repository(), False, Phases("server"))
+        backup.take_postgres(job(Places(tmp_path)), repository(), False, Phases("server"))
+    assert asked[0].startswith("select pg_terminate_backend(pid)")
     started, ended = asked[-2:]
     assert f"application_name={engines.BASE}" in started
     assert ended.startswith("select pg_terminate_backend(pid)")
@@ -728,14 +729,16 @@ def test_wal_alone_is_archived_where_it_is_due_and_there_is_a_base_backup(
         return True
 
     monkeypatch.setattr(backup, "archive", archive)
-    monkeypatch.setattr(backup, "deploying", lambda _: frozenset({"dev"}))
-    every = [replace(job(places), environment=name) for name in ("prod", "new", "late", "dev", "files")]
+    monkeypatch.setattr(backup, "deploying", lambda _: frozenset({"eu"}))
+    monkeypatch.setattr(backup, "best_effort", lambda _: frozenset({"dev"}))
+    every = [replace(job(places), environment=name) for name in ("prod", "new", "late", "eu", "files", "dev", "busy")]
     every[4] = replace(every[4], declared={**every[4].declared, "engine": "files"})
     state = State(places)
     for one in every:
         state.of(one)["last_success"] = None if one.environment == "new" else time.time()
     state.note_wal(every[2], wal_at=time.time())
-    assert backup.behind(every, state, every, places)
+    with backup.between_wal(every[6], "prune"):
+        assert backup.behind(every, state, every, places)
     assert done == ["prod/db-data"]
 
 
@@ -799,6 +802,128 @@ def test_wal_that_no_target_takes_does_not_fill_the_disk(
     assert not job(Places(tmp_path)).spool.exists()
     assert (known(tmp_path)["wal_at"], backup.due_at(job(), known(tmp_path))) == (at, 0)
     assert "no target has taken WAL" in known(tmp_path)["wal_error"]
+
+
+def test_dev_cannot_fill_the_disk_with_what_it_calls_wal(
+    archiving: tuple[Server, Callable[..., bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, archive = archiving
+    monkeypatch.setattr(backup, "full", lambda _: True)
+    assert archive(taken("here"))
+    monkeypatch.setattr(backup, "best_effort", lambda _: frozenset({"prod"}))
+    assert not archive(taken("here"))
+    assert not job(Places(tmp_path)).spool.exists()
+
+
+@pytest.mark.parametrize("tight", [True, False])
+def test_what_a_base_backup_needs_is_given_up_where_prods_disk_is_nearly_full(
+    tight: bool, archiving: tuple[Server, Callable[..., bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, archive = archiving
+    monkeypatch.setattr(backup, "tight", lambda folder: tight and folder == server.folder)
+    archive(taken("here"))
+    assert server.ended_bases == [tight]
+
+
+@pytest.mark.parametrize(
+    ("base_too", "lag", "asked"),
+    [(False, "1", ["drop"]), (True, "1", ["select 1", "terminate", "drop"]), (True, "", ["select 1", "drop"])],
+)
+def test_the_slot_is_given_up_with_a_base_backup_only_where_that_is_wanted(
+    base_too: bool, lag: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def query(_: object, sql: str, __: str = "") -> str:
+        said.append(sql)
+        return lag
+
+    server = engines.Postgres(
+        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u"
+    )
+    monkeypatch.setattr(engines.Postgres, "query", query)
+    server.let_go(7, base_too=base_too)
+    assert len(said) == len(asked)
+    assert all(word in sql for word, sql in zip(asked, said, strict=True))
+    assert (engines.NO_BASE in said[-1]) is not base_too
+
+
+def test_what_is_too_large_for_a_segment_of_wal_is_not_copied(tmp_path: Path) -> None:
+    name = "000000010000000000000001"
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, engines.SEGMENT_MOST + 1)
+    with (
+        engines.opened(tmp_path, tmp_path) as folder,
+        pytest.raises(BackupError, match="no segment of WAL"),
+    ):
+        engines.copied_from(folder, name, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_more_wal_at_once_than_a_server_may_keep_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, spool = tmp_path / "volume", tmp_path / "spool"
+    (volume / "pg_wal").mkdir(parents=True)
+    for number in range(1, 6):
+        (volume / f"pg_wal/00000001{number:016X}").write_bytes(b"x" * 10)
+    server = engines.Postgres(
+        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), volume, "/tmp", 1, (), "u"
+    )
+    monkeypatch.setattr(engines, "mountpoint", lambda _: volume)
+    monkeypatch.setattr(engines.Postgres, "query", lambda *_: f"00000001{1:016X}|00000001{5:016X}")
+    monkeypatch.setattr(engines, "MOST", 25)
+    with pytest.raises(BackupError, match="at once"):
+        server.archive(spool)
+    assert len(list(spool.iterdir())) == 3
+    monkeypatch.setattr(engines, "MOST", 25 * 2**30)
+    assert server.archive(spool) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [(["--due"], 5 * 2**20), ([], 0), (["--rate", "3"], 3 * 2**20), (["--due", "--rate", "3"], 3 * 2**20)],
+    ids=" ".join,
+)
+def test_a_scheduled_backup_has_the_ceiling_that_is_declared_and_one_by_hand_what_is_asked_for(
+    words: list[str], rate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, seen = Places(tmp_path), list[tuple[bool, int]]()
+    declared(places, rate=5 * 2**20, engine="files")
+
+    def saved(_: Job, __: Phases, *, hurry: bool, rate: int) -> Snapshot:
+        seen.append((hurry, rate))
+        return snapshot("a", NOW)
+
+    monkeypatch.setattr(backup, "saved", saved)
+    monkeypatch.setattr(backup, "unpruned", lambda *_: None)
+    asked = argparse.ArgumentParser()
+    backup.add_arguments(asked)
+    backup.run(asked.parse_args(words), places)
+    assert seen == [("--due" not in words, rate)]
+
+
+def test_a_ceiling_holds_for_what_is_read_and_for_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Repository("/srv/here", "key", Path("/nowhere"), rate=3 * 2**20)
+    assert "--limit-upload=3072" in slow._backup("data", tags=[])
+    assert not [word for word in replace(slow, rate=0)._backup("data", tags=[]) if "limit" in word]
+    copied: list[Repository] = []
+    monkeypatch.setattr(Repository, "call", lambda one, *_, **__: copied.append(one))
+    slow.copy_from(Repository("/srv/there", "key", Path("/nowhere")), "a")
+    assert [one.rate for one in copied] == [slow.rate]
+    server = engines.Postgres(
+        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u"
+    )
+    assert "--max-rate=3072" in server.base(hurry=True, rate=slow.rate)
+    assert not [word for word in server.base(hurry=True) if "rate" in word]
+    given: list[Repository] = []
+
+    def take(_: Job, to: Repository, *__: object) -> Snapshot:
+        given.append(to)
+        return snapshot("a", NOW)
+
+    monkeypatch.setattr(backup, "TAKE", {"postgres": take})
+    monkeypatch.setattr(backup, "prune", lambda *_: None)
+    backup.saved(replace(job(), repositories={"disk": replace(slow, rate=0)}), Phases("server"), hurry=False, rate=7)
+    assert [one.rate for one in given] == [7]
 
 
 @pytest.mark.parametrize(("free", "held", "full"), [(0.05, 3, True), (0.05, 1, False), (0.2, 3, False)])
@@ -1039,6 +1164,99 @@ def test_nobody_ends_an_exchange_in_the_middle(
     before = signal.getsignal(signal.SIGTERM)
     assert exchange(Places(tmp_path))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- what unpacks
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, code: str, log: str) -> None:
+    """The container that unpacks ends with this."""
+    monkeypatch.setattr(restore, "mountpoint", lambda _: Path("/nowhere"))
+    monkeypatch.setattr(restore, "progress", lambda *_: nullcontext())
+    monkeypatch.setattr(restore, "in_volume", lambda *_, **__: [])
+    monkeypatch.setattr(restore, "started", lambda _: nullcontext(engines.Container({"Id": "x"})))
+    monkeypatch.setattr(restore, "taken", lambda *_: nullcontext(1))
+    monkeypatch.setattr(restore, "ask", lambda *_, **__: f"{code}\n")
+    monkeypatch.setattr(restore, "last_words", lambda _: log)
+
+
+@pytest.mark.parametrize(
+    ("restic_says", "code", "told"),
+    [
+        ("Fatal: the target is away", "2", "the target is away"),
+        ("Fatal: write: broken pipe", "2", "unpacking ended with 2: no space"),
+        ("Fatal: write: broken pipe", "0", "broken pipe"),
+        (None, "2", "unpacking ended with 2: no space"),
+        (None, "0", None),
+    ],
+)
+def test_what_went_wrong_first_is_what_is_told_of_an_unpacking(
+    restic_says: str | None, code: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending(monkeypatch, code, "no space")
+    error = BackupError(restic_says) if restic_says else None
+    monkeypatch.setattr(restore, "dumped", lambda *_: error)
+    one = job(Places(tmp_path))
+    with pytest.raises(BackupError, match=told) if told else nullcontext():
+        restore.unpack(one, repository(), snapshot("a", NOW), 1, "v", print)
+    assert list(one.folder.iterdir()) == []
+
+
+def test_an_image_that_never_begins_to_unpack_holds_up_nobody_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(restore, "HEALTHY_SECONDS", 0.2)
+    monkeypatch.setattr(restore, "alive", lambda *_: None)
+    monkeypatch.setattr(restore, "last_words", lambda _: "zzz")
+    with (
+        pytest.raises(BackupError, match=r"has not begun within 0\.2 s: zzz"),
+        restore.taken(tmp_path / "pipe", engines.Container({"Id": "x"})),
+    ):
+        pass
+
+
+def test_one_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    def alive(_: object, what: str) -> None:
+        raise BackupError(f"{what} ended with 1")
+
+    monkeypatch.setattr(restore, "alive", alive)
+    container = engines.Container({"Id": "x"})
+    with pytest.raises(BackupError, match="unpacking ended"), restore.taken(tmp_path / "pipe", container):
+        pass
+
+
+def test_a_base_backup_that_nobody_takes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "RECOVERY_SECONDS", 0.2)
+    monkeypatch.setattr(Repository, "dump", lambda *_: ["sleep", "60"])
+    found = restore.dumped(repository(), snapshot("a", NOW), 1)
+    assert found is not None
+    assert "nobody has taken" in str(found)
+
+
+def test_what_a_killed_run_left_is_removed_and_what_somebody_keeps_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    volumes = ["prod-db-data-drill-20260102-030405-77", "prod-db-data-restore-20260102-030405", "made-by-hand"]
+
+    def ask(command: Sequence[str], *_: object) -> str:
+        asked.append(" ".join(command))
+        return "4f3a\n" if command[1] == "ps" else "\n".join(volumes) if "ls" in command else ""
+
+    monkeypatch.setattr(restore, "ask", ask)
+    one = job(Places(tmp_path))
+    for name in ("unpack-x", "restore-7/wal", "wal"):
+        (one.folder / name).mkdir(parents=True)
+    restore.swept([one])
+    assert [path.name for path in one.folder.iterdir()] == ["wal"]
+    assert [words for words in asked if " rm " in words] == [
+        "docker rm --force --volumes 4f3a",
+        f"docker volume rm --force {volumes[0]}",
+    ]
+    assert all("bulkhead.restore" in words for words in asked if " ps " in words or " ls " in words)
 
 
 # --- restic
@@ -1289,15 +1507,20 @@ def test_data_is_let_go_of_once_and_only_after_snapshots_were(
         real.save_stream(["printf", f"wal {number}"], "wal", ["job:db-data", "kind:wal"], 30)
     before = len(packs())
     monkeypatch.setattr(Repository, "call", heard)
-    backup.prune(job(retain={"last": 4}), replace(real, append_only=True))
+    backup.prune(job(Places(tmp_path), retain={"last": 4}), replace(real, append_only=True))
     assert asked == []
-    backup.prune(job(retain={"last": 4}), real)  # which is more WAL than is kept
-    backup.prune(job(retain={"last": 3}), real)
-    backup.prune(job(retain={"last": 3}), real)
-    backup.prune(job(retain={"last": 2}), real)
+    backup.prune(job(Places(tmp_path), retain={"last": 4}), real)  # which is more WAL than is kept
+    backup.prune(job(Places(tmp_path), retain={"last": 3}), real)
+    backup.prune(job(Places(tmp_path), retain={"last": 3}), real)
+    backup.prune(job(Places(tmp_path), retain={"last": 2}), real)
     assert asked == [*["forget", "forget", "prune"] * 2, "forget", "forget", "forget", "prune"]
     assert len(packs()) < before
     real.check()
+    monkeypatch.setattr(backup, "WAIT_SECONDS", 0.3)
+    asked.clear()
+    with backup.between_wal(job(Places(tmp_path)), "WAL"):
+        backup.prune(job(Places(tmp_path), retain={"last": 1}), real)  # the next run does; this one was a backup
+    assert asked == []
 
 
 # --- settings
@@ -1316,6 +1539,11 @@ def test_what_is_no_schedule_is_an_error_that_shows_some(written: object) -> Non
         Backup.model_validate({"engine": "files", "schedule": written})
 
 
+@pytest.mark.parametrize(("written", "rate"), [({}, 32 * 2**20), ({"rate": "5MiB"}, 5 * 2**20), ({"rate": None}, None)])
+def test_a_ceiling_is_a_size_or_none(written: dict[str, Any], rate: int | None) -> None:
+    assert Backup.model_validate({"engine": "files", "schedule": "daily", **written}).rate == rate
+
+
 def test_a_time_of_the_day_is_a_daily_schedule() -> None:
     nightly = Backup(engine="files", schedule="03:15")
     assert (nightly.every, nightly.at) == (86400, 195)
@@ -1330,6 +1558,8 @@ def test_a_time_of_the_day_is_a_daily_schedule() -> None:
         {"engine": "postgres", "before": "sync"},
         {"engine": "postgres", "retain": {"daily": 0}},
         {"engine": "mysql"},
+        {"engine": "files", "rate": "100KB"},
+        {"engine": "files", "rate": "fast"},
         {"engine": "files", "taget": "x"},
     ],
     ids=str,
