@@ -373,6 +373,7 @@ Measured by `make bench-backup` on {found["at"][:10]}: {about["cpus"]} CPUs, {ab
 {about["docker"]}, cgroup v{about["cgroup_version"]}; the example shop with {size / 1e9:.1f} GB in its database, asked
 {found["rate"]} times a second ({LOAD:.0%} of its capacity). Ratios in one run, with 95 % intervals where there are
 enough blocks; their number in brackets. A scheduled backup reads {RATE} MiB a second at most, one by hand all it can.
+Both go to the disk on which the database is, one after the other, each with a checkpoint at once.
 
 | compared | ratio | wanted |
 |---|---|---|

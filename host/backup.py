@@ -404,7 +404,7 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool, 
     phases = Phases("server")
     say(f"{job.key}: backing up")
     try:
-        with wal_meanwhile():
+        with wal_meanwhile(job.places):
             snapshot = saved(job, phases, hurry=hurry, rate=rate)
         before = known.get("size")
         shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
@@ -432,6 +432,14 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool, 
     return "error" not in record
 
 
+def ceiling(job: Job, known: Mapping[str, Any]) -> int:
+    """Bytes a second that a scheduled run reads or stores at most: as declared, but more where as much as last time
+    would not be there in half its period, or half of what a run may take. 0 for no ceiling."""
+    declared = int(job.declared.get("rate") or 0)
+    needed = int(known.get("size") or 0) / (min(job.every, LIMIT_SECONDS) / 2)
+    return max(declared, round(needed)) if declared else 0
+
+
 def saved(job: Job, phases: Phases, *, hurry: bool, rate: int) -> Snapshot:
     """Takes the backup: into the first target from the source, into the others from there. That restic can where one
     of two needs credentials only, so a second bucket gets a backup of its own."""
@@ -448,7 +456,7 @@ def saved(job: Job, phases: Phases, *, hurry: bool, rate: int) -> Snapshot:
             phases.begin("copy")
             other.copy_from(first, snapshot.id)
     phases.begin("forget")
-    for repository in targets:
+    for repository in job.targets:  # without the ceiling: WAL waits for it
         prune(job, repository)
     return snapshot
 
@@ -556,11 +564,12 @@ def _archive(job: Job, state: State, started: float, say: Callable[[str], None])
     # First: what is copied is not kept by the server any more, and is in no target if this ends in between.
     waiting = [repository.url for repository in job.targets]
     state.note_wal(job, unsaved=waiting)
+    dear = bool(unsaved) or job.environment in best_effort(job.places)
     try:
-        copied, missing = server.archive(job.spool)
+        copied, missing = (0, False) if dear and full(job.spool) else server.archive(job.spool)
     finally:
-        server.let_go(SLOT_BYTES, base_too=tight(server.folder))
-    if (unsaved or job.environment in best_effort(job.places)) and full(job.spool):
+        server.let_go(SLOT_BYTES, max(SLOT_BYTES, shutil.disk_usage(server.folder).free // 2))
+    if dear and full(job.spool):
         shutil.rmtree(job.spool)
         why = "no target has taken WAL until its disk was nearly full; a new base backup follows"
         state.note_wal(job, unsaved=[], gap=why, gap_at=started)
@@ -593,18 +602,19 @@ def between_wal(job: Job, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def wal_meanwhile() -> Iterator[None]:
-    """Has WAL archived while the body takes hours: else all that is written meanwhile is lost with the host."""
-    over = threading.Event()
-    command = ["setpriv", "--pdeathsig", "TERM", *program(), "backup", "--wal"]
+def wal_meanwhile(places: Places) -> Iterator[None]:
+    """Has WAL archived while the body takes hours: else all that is written meanwhile is lost with the host.
+
+    A process for each environment, so that dev's server, which may answer as slowly as it likes, holds up its own only.
+    """
+    over, children = threading.Event(), dict[str, "subprocess.Popen[bytes]"]()
+    command = ["setpriv", "--pdeathsig", "TERM", *program(), "backup", "--wal", "--environment"]
 
     def bring() -> None:
         while not over.wait(WAL_SECONDS):
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as child:
-                while child.poll() is None and not over.wait(0.2):
-                    pass
-                if child.poll() is None:
-                    child.terminate()
+            for name in sorted({job.environment for job in jobs(places) if job.wal}):
+                if name not in children or children[name].poll() is not None:
+                    children[name] = subprocess.Popen([*command, name], stdin=subprocess.DEVNULL, stdout=sys.stderr)
 
     bringing = threading.Thread(target=bring, daemon=True)
     bringing.start()
@@ -613,6 +623,10 @@ def wal_meanwhile() -> Iterator[None]:
     finally:
         over.set()
         bringing.join()
+        for child in children.values():
+            child.terminate()
+        for child in children.values():
+            child.wait()
 
 
 def said_of(error: Exception) -> str:
@@ -645,20 +659,17 @@ def put_away(job: Job) -> None:
 
 def full(spool: Path) -> bool:
     """Whether the WAL on the host takes the last of its disk, since no target has taken it for too long."""
+    if not spool.exists():
+        return False
+    usage = shutil.disk_usage(spool)
     held = sum(file.stat().st_size for file in spool.iterdir())
-    return tight(spool) and held > SLOT_BYTES
-
-
-def tight(folder: Path) -> bool:
-    """Whether a folder's disk is nearly full."""
-    usage = shutil.disk_usage(folder)
-    return usage.free < usage.total * SPOOL_FREE
+    return usage.free < usage.total * SPOOL_FREE and held > SLOT_BYTES
 
 
 def begun_anew(job: Job, state: State) -> None:
     """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
     state.of(job)["wanted"] = True
-    with between_wal(job, "restore"):
+    with alone(job.places, "restore", WAIT_SECONDS, wal_lock(job)):  # whoever has it then: this must be done
         (job.folder / "history").unlink(missing_ok=True)
         put_away(job)
 
@@ -759,14 +770,9 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
 
 
 def behind(wanted: Sequence[Job], state: State, every: Sequence[Job], places: Places) -> bool:
-    """Archives the WAL that is due of jobs that have a base backup. Whether it all went well.
-
-    Not that of best-effort environments: a server that answers slowly would hold up prod's.
-    """
-    without, now = deploying(places) | held(places) | best_effort(places), time.time()
-    due = [job for job in wanted if job.wal and job.environment not in without and state.of(job).get("last_success")]
-    done = []
-    for job in due:
+    """Archives the WAL that is due. Whether it all went well."""
+    without, now, done = deploying(places) | held(places), time.time(), []
+    for job in (one for one in wanted if one.wal and one.environment not in without):
         with alone(places, "WAL", lock=wal_lock(job)) as free:
             pass  # else somebody is at it, or at what wants the repository for itself
         if free and wal_due_at(state.known(job)) <= now:
@@ -829,7 +835,7 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
 
     well, now, known = True, time.time(), state.of(job)
     if not args.due or due_at(job, state.known(job)) <= now:
-        rate = args.rate * 2**20 if args.rate else int(job.declared.get("rate") or 0) if args.due else 0
+        rate = args.rate * 2**20 if args.rate else ceiling(job, known) if args.due else 0
         well = back_up(job, state, say, hurry=not args.due, rate=rate)
         state.save(every)
     if job.wal:

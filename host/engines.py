@@ -3,7 +3,6 @@ Everything of a database runs in its own container, with its own programs: any i
 
 import os
 import re
-import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ BASE = "bulkhead-base"
 """What a server calls the connection of a base backup of ours."""
 OUR_BASES = f"from pg_stat_replication where application_name = '{BASE}'"
 NO_BASE = f"not exists (select 1 {OUR_BASES})"
-SEGMENT_MOST, MOST = 2**30, 8 * 2**30
-"""Bytes of a segment (PostgreSQL's own ceiling), and of WAL that is copied at once: the slot is given up long before.
-Who runs in an environment owns its `pg_wal`, and may put there what they like."""
+HISTORY_MOST, SEGMENT_MOST, MOST = 2**20, 2**30, 8 * 2**30
+"""Bytes of a history file, of a segment (PostgreSQL's own ceiling), and of WAL that is copied at once: the slot is
+given up long before. Who runs in an environment owns its `pg_wal`, and may put there what they like."""
 SEGMENT = re.compile(r"[0-9A-F]{24}")
 HEXADECIMAL = "0123456789ABCDEF"
 HISTORY = re.compile(r"[0-9A-F]{8}\.history")
@@ -266,13 +265,15 @@ class Postgres:
         if not state:
             self.query(f"select pg_create_physical_replication_slot('{SLOT}', true)")
 
-    def let_go(self, most: int, *, base_too: bool) -> None:
+    def let_go(self, most: int, with_base: int) -> None:
         """Gives up what is not archived where that is more than so many bytes: prod's disk comes first. What a base
-        backup needs only where its disk is nearly full (`base_too`): the base backup ends then."""
-        behind = f"{OUR_SLOT} and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > {most}"
-        if base_too and self.query(f"select 1 {behind}"):
+        backup needs, beyond `with_base` bytes: the base backup ends then."""
+        lag = f"{OUR_SLOT} and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)"
+        if self.query(f"select 1 {lag} > {with_base}"):
             self.end_bases()
-        self.query(f"select pg_drop_replication_slot('{SLOT}') {behind}" + ("" if base_too else f" and {NO_BASE}"))
+            most = 0
+        spared = f" and {NO_BASE}" if most else ""
+        self.query(f"select pg_drop_replication_slot('{SLOT}') {lag} > {most}{spared}")
 
     def archive(self, spool: Path) -> tuple[int, bool]:
         """Copies the WAL that is new into a folder. Returns how many files are new, and whether there is a gap.
@@ -293,7 +294,7 @@ class Postgres:
             for name in there:
                 whole = bool(SEGMENT.fullmatch(name)) and held <= name < last
                 if (whole or HISTORY.fullmatch(name)) and not (spool / name).exists():
-                    copied += copied_from(source, name, spool / name)
+                    copied += copied_from(source, name, spool / name, SEGMENT_MOST if whole else HISTORY_MOST)
                     taken += (spool / name).stat().st_size
                     if taken > MOST:
                         raise BackupError(f"more than {MOST / 2**30:g} GiB of WAL at once")
@@ -386,17 +387,19 @@ def read_inside(root: Path, path: Path, most: int = 4096) -> str:
         return file.read(most).decode(errors="replace")
 
 
-def copied_from(folder: int, name: str, target: Path) -> int:
-    """Copies a file unless the copy is of the same time: 1 if it did. In one step, with the time that it had before."""
+def copied_from(folder: int, name: str, target: Path, most: int = SEGMENT_MOST) -> int:
+    """Copies a file unless the copy is of the same time: 1 if it did. In one step, with the time that it had before.
+    BackupError where it has more than so many bytes; what comes to it meanwhile is left."""
     with file_in(folder, name) as source:
         now = os.fstat(source.fileno())
         if target.exists() and target.stat().st_mtime_ns == now.st_mtime_ns:
             return 0
-        draft = target.with_name(f".{target.name}")
-        if now.st_size > SEGMENT_MOST:
-            raise BackupError(f"{name}: {now.st_size} bytes are no segment of WAL")
+        if now.st_size > most:
+            raise BackupError(f"{name}: {now.st_size} bytes, and at most {most} are one of WAL's files")
+        draft, left = target.with_name(f".{target.name}"), now.st_size
         with draft.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+            while left and (piece := source.read(min(left, 1 << 20))):
+                left -= file.write(piece)
             file.flush()
             os.fsync(file.fileno())  # it is not copied again, and the server keeps it no longer
         os.utime(draft, ns=(now.st_atime_ns, now.st_mtime_ns))

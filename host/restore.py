@@ -43,7 +43,7 @@ from host.restic import BackupError, Repository, Snapshot
 KEPT = "bulkhead.kept"
 INTENT = "exchange.json"
 """In a job's folder, while its volume changes places with a restored one."""
-HEALTHY_SECONDS, RECOVERY_SECONDS = 180.0, 6 * 3600.0
+HEALTHY_SECONDS, RECOVERY_SECONDS, UNPACK_SECONDS = 180.0, 6 * 3600.0, 24 * 3600.0
 PROGRESS_SECONDS = 2.0
 ROOM = 1.1
 """Free space that a restore needs, as a part of what it brings back: file systems have their own needs."""
@@ -233,11 +233,11 @@ def dumped(repository: Repository, snapshot: Snapshot, sink: int) -> BackupError
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.PIPE,
-            timeout=RECOVERY_SECONDS,
+            timeout=UNPACK_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return BackupError(f"nobody has taken the base backup within {RECOVERY_SECONDS:g} s")
+        return BackupError(f"the base backup is not unpacked within {UNPACK_SECONDS:g} s")
     return repository.error("dump", done.stderr.decode(errors="replace")) if done.returncode else None
 
 
@@ -837,7 +837,7 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
         began = time.time()
         job = one_of(jobs(places, [one["environment"]], [key]))
         to = Job(environment, key, {**one, "service": None}, {}, began, 0.0, 0.0, places)
-        with wal_meanwhile():
+        with wal_meanwhile(job.places):
             done = refreshed(job, to, one["mask"], say)
         if not args.yes:
             say(f"Nothing was changed: the masked copy is in {done.volume}. Next step: with YES=1; or docker volume rm")
@@ -867,7 +867,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
             say(f"{job.key}: restoring the newest backup from {target}")
             started_at = time.time()
             name = f"{job.volume}-drill-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-            with wal_meanwhile():
+            with wal_meanwhile(job.places):
                 done = restored(job, repository, "latest", name, say)
             ask(["docker", "volume", "rm", name], START_ENGINE)
             done.phases.begin("check")
@@ -973,7 +973,7 @@ def put_back(job: Job, args: argparse.Namespace, state: State, places: Places) -
     """Restores into a fresh volume; then, with --yes, in place of the old one."""
     volume = args.to or f"{job.volume}-restore-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     began = time.time()
-    with wal_meanwhile():
+    with wal_meanwhile(job.places):
         done = restored(job, source(job, args.target, as_caller=args.as_caller), args.at, volume, say)
     say(f"{job.key}: restored into {volume} and checked, in {time.time() - began:.1f} s: {json.dumps(summary(done))}")
     record = {"job": job.key, "kind": "restore", "start": began, "snapshot": done.snapshot.id}

@@ -73,7 +73,8 @@ class Backup(Frozen):
     names of the ledger's targets; all of them where it is empty. `user`, `database`: of postgres, where they are not
     the image's own. `verify`: a query (postgres; its answer must not be empty, zero or false) or a command (files) that
     a restored copy is asked. `shrink`: a snapshot that is smaller than the last by more than this share is reported.
-    `rate`: bytes a second that a scheduled run reads or stores at most; without a ceiling where it is null.
+    `rate`: bytes a second that a scheduled run reads or stores at most (more where it would not be done in half its
+    period); without a ceiling where it is null.
     """
 
     engine: Engine

@@ -77,15 +77,9 @@ def fetches(text: str, arguments: Mapping[str, str]) -> Iterator[str]:
 
 
 def images(text: str, arguments: Mapping[str, str]) -> list[str]:
-    """The images that a Dockerfile names, as `fetches` reads it; where a variable has no value it stays, as `$BASE`.
-
-    Without ids that are a stage's name: only BuildKit knows heredocs, in which a stage may seem to begin, and it takes
-    no ids.
-    """
-    views = [(view, _known(view, arguments)) for view in _views(_unified(text))]
-    named = dict.fromkeys(image for view, known in views for image in _images(view, known, arguments))
-    stages = {stage[1].lower() for view, _ in views for one in view if (stage := _STAGE.search(one.rest))}
-    return [image for image in named if not (IMAGE_ID.fullmatch(image) and image.lower() in stages)]
+    """The images that a Dockerfile names, as `fetches` reads it; where a variable has no value it stays, as `$BASE`."""
+    views = ((view, _known(view, arguments)) for view in _views(_unified(text)))
+    return list(dict.fromkeys(image for view, known in views for image in _images(view, known, arguments)))
 
 
 def _unified(text: str) -> str:
@@ -97,18 +91,24 @@ def _images(view: list[_Instruction], known: Mapping[str, list[str]], arguments:
     of the same file. `known`: the values of all ARGs; to a FROM only those before the first count."""
     first = next((place for place, one in enumerate(view) if one.keyword == "from"), len(view))
     shared = _known(view[:first], arguments)
-    # In a heredoc may stand what only looks like a stage.
+    # In a heredoc may stand what only looks like a stage. Only BuildKit knows heredocs, and it takes no ids.
     heredoc = any(_HEREDOC.search(one.rest) for one in view)
-    stages = {"", "scratch"}
+    stages, perhaps = {"", "scratch"}, set[str]()
+
+    def named(name: str, known: Mapping[str, list[str]]) -> Iterator[str]:
+        for value in _values(name, known):
+            if value.lower() not in stages and not (value.lower() in perhaps and IMAGE_ID.fullmatch(value)):
+                yield value
+
     for one in view:
-        named = _WORD.findall(one.rest)[:1] if one.keyword == "from" else []
-        yield from (value for name in named for value in _values(name, shared) if value.lower() not in stages)
+        if one.keyword == "from":
+            for name in _WORD.findall(one.rest)[:1]:
+                yield from named(name, shared)
+            if stage := _STAGE.search(one.rest):
+                (perhaps if heredoc else stages).add(stage[1].lower())
         for option in one.options if one.keyword in _FILES else ():
-            named = (_MOUNTED if option.startswith("--mount") else _FROM).findall(option)
-            values = (value for name in named for value in _values(name, known))
-            yield from (value for value in values if value.lower() not in stages and not value.isdigit())
-        if one.keyword == "from" and not heredoc and (stage := _STAGE.search(one.rest)):
-            stages.add(stage[1].lower())
+            for name in (_MOUNTED if option.startswith("--mount") else _FROM).findall(option):
+                yield from (value for value in named(name, known) if not value.isdigit())
 
 
 def _views(text: str) -> Iterator[list[_Instruction]]:

@@ -128,7 +128,8 @@ def left_out(build: Build, path: Path) -> bool:
     Only plain paths and `*` are taken to leave something out: libraries and builders differ in the rest (letters' case,
     ends of lines, `**`, sets of letters), and what one of them sends, the image has.
     """
-    return all(_leaves_out(_patterns(file), path.as_posix()) for file in ignores(build))
+    # The Dockerfile is sent whatever is left out: by its name as one more pattern, which may fit to other files too.
+    return all(_leaves_out([*_patterns(file), f"!{build.dockerfile}"], path.as_posix()) for file in ignores(build))
 
 
 def _patterns(file: Path) -> list[str]:
@@ -157,14 +158,20 @@ def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
 
 
+_ODD = re.compile(r"\[[!^\]]|\\")
 _PLAIN = re.compile(r"(?!\.\.)[\w./@+,=~ -]+", re.ASCII)
 
 
 def sent(build: Build) -> Sequence[str]:
-    """The files of a build's context that the engine gets, relative to it: all but what .dockerignore leaves out."""
+    """The files of a build's context that the engine gets, relative to it: all but what .dockerignore leaves out.
+
+    Sets of letters to leave out and escapes docker-py takes otherwise than the engine: with these nothing is left out.
+    """
     from docker.utils.build import exclude_paths  # here, since previews without a build need not load it
 
     found: set[str] = set()
     for file in ignores(build):
-        found.update(exclude_paths(build.context, _patterns(file), dockerfile=build.dockerfile))
+        odd = [(line, bool(_ODD.search(line))) for line in _patterns(file)]
+        patterns = ["!**" if unclear else line for line, unclear in odd if line.startswith("!") or not unclear]
+        found.update(exclude_paths(build.context, patterns, dockerfile=build.dockerfile))
     return sorted(found)

@@ -30,6 +30,14 @@ DAY = 86400.0
 NOW = 1_800_000_000.0
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Job]], None]:
+    """What the engine of this machine runs is nobody's here. Returns what would sweep."""
+    real = restore.swept
+    monkeypatch.setattr(restore, "swept", lambda _: None)
+    return real
+
+
 def job(places: Places = Places(), **declared: Any) -> Job:  # noqa: B008 - frozen
     settings = {"volume": "prod-db-data", "service": "db", "engine": "postgres", "schedule": DAY, "at": None} | declared
     return Job("prod", "db-data", settings, {}, NOW - DAY, 8 * DAY, 7 * DAY, places)
@@ -235,7 +243,8 @@ def test_a_record_says_how_long_each_phase_took_also_of_a_run_that_failed(
 def test_a_restore_is_recorded_with_its_phases_whether_it_is_put_in_place_or_not(
     asked: Sequence[str], phases: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, places = replace(job(), repositories={"disk": repository()}), Places(tmp_path)
+    places = Places(tmp_path)
+    one = replace(job(places), repositories={"disk": repository()})
     done = restore.Restored(one, "fresh", snapshot("a", NOW), NOW, Phases("stop"))
     monkeypatch.setattr(restore, "restored", lambda *_: done)
     monkeypatch.setattr(restore, "newer", lambda *_: "")
@@ -251,7 +260,8 @@ def test_a_restore_is_recorded_with_its_phases_whether_it_is_put_in_place_or_not
 def test_a_drill_is_recorded_with_its_phases_the_check_of_the_repository_among_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, places = replace(job(), repositories={"disk": repository()}), Places(tmp_path)
+    places = Places(tmp_path)
+    one = replace(job(places), repositories={"disk": repository()})
     done = restore.Restored(one, "fresh", snapshot("a", NOW), NOW, Phases("stop"))
     monkeypatch.setattr(restore, "restored", lambda *_: done)
     monkeypatch.setattr(restore, "ask", lambda *_: "")
@@ -585,7 +595,7 @@ class Server:
 
     def __init__(self) -> None:
         self.new, self.identity, self.given_up = 1, "1", list[int]()
-        self.folder, self.ended_bases = Path("/"), list[bool]()
+        self.folder, self.with_base = Path("/"), list[int]()
 
     def cluster(self) -> str:
         return self.identity
@@ -603,9 +613,9 @@ class Server:
             (spool / f"{len(list(spool.iterdir())):024X}").write_text("wal")
         return copied, False
 
-    def let_go(self, most: int, *, base_too: bool) -> None:
+    def let_go(self, most: int, with_base: int) -> None:
         self.given_up.append(most)
-        self.ended_bases.append(base_too)
+        self.with_base.append(with_base)
 
 
 @pytest.mark.parametrize("ends", [BackupError("the target is full"), SystemExit(143)], ids=str)
@@ -703,23 +713,35 @@ def test_wal_that_a_target_did_not_take_goes_there_later_also_when_nothing_is_ne
 def test_wal_is_archived_again_and_again_while_a_long_run_goes_on_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told"
+    told, places = tmp_path / "told", Places(tmp_path)
+    both = [replace(job(places), environment="prod"), replace(job(places), environment="dev")]
+    monkeypatch.setattr(backup, "jobs", lambda _: [*both, *both, replace(job(places, engine="files"), environment="x")])
     monkeypatch.setattr(backup, "WAL_SECONDS", 0.05)
     monkeypatch.setattr(backup, "program", lambda: ["sh", "-c", f'echo "$@" >> {told}', "sh"])
-    with backup.wal_meanwhile():
-        until(lambda: told.exists() and len(told.read_text().splitlines()) > 1)
+    with backup.wal_meanwhile(places):
+        until(lambda: told.exists() and len(told.read_text().splitlines()) > 3)
     after = told.read_text()
-    assert set(after.splitlines()) == {"backup --wal"}
+    assert set(after.splitlines()) == {f"backup --wal --environment {name}" for name in ("prod", "dev")}
     time.sleep(0.3)
     assert told.read_text() == after
-    monkeypatch.setattr(backup, "program", lambda: ["sh", "-c", f"touch {told}.2; exec sleep 60"])
+
+
+def test_a_server_that_answers_slowly_holds_up_its_own_wal_only_and_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, places = tmp_path / "told", Places(tmp_path)
+    monkeypatch.setattr(backup, "jobs", lambda _: [replace(job(places), environment=name) for name in ("dev", "prod")])
+    monkeypatch.setattr(backup, "WAL_SECONDS", 0.05)
+    script = f'echo "$4" >> {told}; if [ "$4" = dev ]; then exec sleep 60; fi'
+    monkeypatch.setattr(backup, "program", lambda: ["sh", "-c", script, "sh"])
     began = time.monotonic()
-    with backup.wal_meanwhile():
-        until(lambda: Path(f"{told}.2").exists())
+    with backup.wal_meanwhile(places):
+        until(lambda: told.exists() and told.read_text().count("prod") > 2)
+    assert told.read_text().count("dev") == 1
     assert time.monotonic() - began < 30
 
 
-def test_wal_alone_is_archived_where_it_is_due_and_there_is_a_base_backup(
+def test_wal_alone_is_archived_where_it_is_due_and_nobody_is_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places, done = Places(tmp_path), list[str]()
@@ -730,14 +752,11 @@ def test_wal_alone_is_archived_where_it_is_due_and_there_is_a_base_backup(
 
     monkeypatch.setattr(backup, "archive", archive)
     monkeypatch.setattr(backup, "deploying", lambda _: frozenset({"eu"}))
-    monkeypatch.setattr(backup, "best_effort", lambda _: frozenset({"dev"}))
-    every = [replace(job(places), environment=name) for name in ("prod", "new", "late", "eu", "files", "dev", "busy")]
-    every[4] = replace(every[4], declared={**every[4].declared, "engine": "files"})
+    every = [replace(job(places), environment=name) for name in ("prod", "late", "eu", "files", "busy")]
+    every[3] = replace(every[3], declared={**every[3].declared, "engine": "files"})
     state = State(places)
-    for one in every:
-        state.of(one)["last_success"] = None if one.environment == "new" else time.time()
-    state.note_wal(every[2], wal_at=time.time())
-    with backup.between_wal(every[6], "prune"):
+    state.note_wal(every[1], wal_at=time.time())
+    with backup.between_wal(every[4], "prune"):
         assert backup.behind(every, state, every, places)
     assert done == ["prod/db-data"]
 
@@ -815,22 +834,19 @@ def test_dev_cannot_fill_the_disk_with_what_it_calls_wal(
     assert not job(Places(tmp_path)).spool.exists()
 
 
-@pytest.mark.parametrize("tight", [True, False])
-def test_what_a_base_backup_needs_is_given_up_where_prods_disk_is_nearly_full(
-    tight: bool, archiving: tuple[Server, Callable[..., bool]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free", "most"), [(100 * 2**30, 50 * 2**30), (2**30, backup.SLOT_BYTES)])
+def test_what_a_base_backup_needs_is_given_up_before_it_fills_prods_disk(
+    free: int, most: int, archiving: tuple[Server, Callable[..., bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, archive = archiving
-    monkeypatch.setattr(backup, "tight", lambda folder: tight and folder == server.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(200 * 2**30, 0, free))
     archive(taken("here"))
-    assert server.ended_bases == [tight]
+    assert (server.given_up, server.with_base) == ([backup.SLOT_BYTES], [most])
 
 
-@pytest.mark.parametrize(
-    ("base_too", "lag", "asked"),
-    [(False, "1", ["drop"]), (True, "1", ["select 1", "terminate", "drop"]), (True, "", ["select 1", "drop"])],
-)
-def test_the_slot_is_given_up_with_a_base_backup_only_where_that_is_wanted(
-    base_too: bool, lag: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("lag", "asked"), [("", ["> 9", "> 7"]), ("1", ["> 9", "terminate", "> 0"])])
+def test_the_slot_is_given_up_with_the_base_backup_that_needs_it_only_beyond_the_higher_limit(
+    lag: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
 
@@ -842,10 +858,11 @@ def test_the_slot_is_given_up_with_a_base_backup_only_where_that_is_wanted(
         engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u"
     )
     monkeypatch.setattr(engines.Postgres, "query", query)
-    server.let_go(7, base_too=base_too)
+    server.let_go(7, 9)
     assert len(said) == len(asked)
     assert all(word in sql for word, sql in zip(asked, said, strict=True))
-    assert (engines.NO_BASE in said[-1]) is not base_too
+    assert "pg_drop_replication_slot" in said[-1]
+    assert (engines.NO_BASE in said[-1]) is not bool(lag)
 
 
 def test_what_is_too_large_for_a_segment_of_wal_is_not_copied(tmp_path: Path) -> None:
@@ -854,15 +871,34 @@ def test_what_is_too_large_for_a_segment_of_wal_is_not_copied(tmp_path: Path) ->
     os.truncate(tmp_path / name, engines.SEGMENT_MOST + 1)
     with (
         engines.opened(tmp_path, tmp_path) as folder,
-        pytest.raises(BackupError, match="no segment of WAL"),
+        pytest.raises(BackupError, match="one of WAL's files"),
     ):
         engines.copied_from(folder, name, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
+def test_what_comes_to_a_file_while_it_is_copied_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "000000010000000000000001"
+    (tmp_path / name).write_bytes(b"x" * 100)
+    size, sizes = os.fstat, list[int]()
+
+    def grows(descriptor: int) -> os.stat_result:
+        found = size(descriptor)
+        sizes.append(found.st_size)
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"y" * 100)
+        return found
+
+    with engines.opened(tmp_path, tmp_path) as folder, monkeypatch.context() as changed:
+        changed.setattr(os, "fstat", grows)
+        engines.copied_from(folder, name, tmp_path / "copy")
+    assert (tmp_path / "copy").stat().st_size == sizes[-1] < (tmp_path / name).stat().st_size
+
+
 def test_more_wal_at_once_than_a_server_may_keep_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume, spool = tmp_path / "volume", tmp_path / "spool"
     (volume / "pg_wal").mkdir(parents=True)
+    (volume / "pg_wal/00000002.history").touch()
     for number in range(1, 6):
         (volume / f"pg_wal/00000001{number:016X}").write_bytes(b"x" * 10)
     server = engines.Postgres(
@@ -875,13 +911,17 @@ def test_more_wal_at_once_than_a_server_may_keep_is_not_copied(tmp_path: Path, m
         server.archive(spool)
     assert len(list(spool.iterdir())) == 3
     monkeypatch.setattr(engines, "MOST", 25 * 2**30)
-    assert server.archive(spool) == (2, False)
+    assert server.archive(spool) == (3, False)  # with the history, and what of the last there is
+    (volume / "pg_wal/00000003.history").touch()
+    os.truncate(volume / "pg_wal/00000003.history", engines.HISTORY_MOST + 1)
+    with pytest.raises(BackupError, match="at most 1048576"):
+        server.archive(spool)
 
 
 @pytest.mark.parametrize(
     ("words", "rate"),
     [(["--due"], 5 * 2**20), ([], 0), (["--rate", "3"], 3 * 2**20), (["--due", "--rate", "3"], 3 * 2**20)],
-    ids=" ".join,
+    ids=["scheduled", "by hand", "by hand, slowly", "scheduled, slowly"],
 )
 def test_a_scheduled_backup_has_the_ceiling_that_is_declared_and_one_by_hand_what_is_asked_for(
     words: list[str], rate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -899,6 +939,22 @@ def test_a_scheduled_backup_has_the_ceiling_that_is_declared_and_one_by_hand_wha
     backup.add_arguments(asked)
     backup.run(asked.parse_args(words), places)
     assert seen == [("--due" not in words, rate)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "size", "every", "found"),
+    [
+        (32 * 2**20, None, DAY, 32 * 2**20),
+        (32 * 2**20, 10**9, DAY, 32 * 2**20),
+        (32 * 2**20, 10**13, DAY, round(10**13 / (6 * 3600))),
+        (2**20, 10**9, 600, round(10**9 / 300)),
+        (None, 10**13, DAY, 0),
+    ],
+)
+def test_a_ceiling_gives_way_where_the_backup_would_not_be_done_in_time(
+    rate: int | None, size: int | None, every: int, found: int
+) -> None:
+    assert backup.ceiling(job(rate=rate, schedule=every), {"size": size}) == found
 
 
 def test_a_ceiling_holds_for_what_is_read_and_for_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1229,7 +1285,7 @@ def test_one_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_base_backup_that_nobody_takes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restore, "RECOVERY_SECONDS", 0.2)
+    monkeypatch.setattr(restore, "UNPACK_SECONDS", 0.2)
     monkeypatch.setattr(Repository, "dump", lambda *_: ["sleep", "60"])
     found = restore.dumped(repository(), snapshot("a", NOW), 1)
     assert found is not None
@@ -1237,7 +1293,7 @@ def test_a_base_backup_that_nobody_takes_ends(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_run_left_is_removed_and_what_somebody_keeps_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_swept: Callable[[Sequence[Job]], None]
 ) -> None:
     asked: list[str] = []
     volumes = ["prod-db-data-drill-20260102-030405-77", "prod-db-data-restore-20260102-030405", "made-by-hand"]
@@ -1250,7 +1306,7 @@ def test_what_a_killed_run_left_is_removed_and_what_somebody_keeps_is_not(
     one = job(Places(tmp_path))
     for name in ("unpack-x", "restore-7/wal", "wal"):
         (one.folder / name).mkdir(parents=True)
-    restore.swept([one])
+    nothing_is_swept([one])
     assert [path.name for path in one.folder.iterdir()] == ["wal"]
     assert [words for words in asked if " rm " in words] == [
         "docker rm --force --volumes 4f3a",

@@ -323,6 +323,9 @@ def test_what_a_dockerfile_makes_the_engine_fetch(dockerfile: str, found: list[s
         ("FROM a\nRUN --mount=type=bind,from=4f3a2b,target=/x cat /x\n", ["a", "4f3a2b"]),
         ("FROM $GIVEN\nFROM $UNKNOWN\nFROM scratch\n", ["10.81.0.3/a", "$UNKNOWN"]),
         ("\ufeffFROM a\r\nFR\\\r\nOM b\r\n", ["a", "b"]),
+        ("FROM a AS fe\nRUN cat <<E\nE\nFROM b\nCOPY --from=fe /x /x\nCOPY --from=ab /x /x\n", ["a", "b", "ab"]),
+        ("FROM fa3b1c AS fa3b1c\nRUN cat <<EOF\nEOF\n", ["fa3b1c"]),
+        ("FROM fa3b1c\nRUN echo AS fa3b1c\nFROM fa3b1c\n", ["fa3b1c"]),
     ],
 )  # fmt: skip
 def test_the_images_that_a_dockerfile_names(dockerfile: str, found: list[str]) -> None:

@@ -442,6 +442,19 @@ def test_what_every_builder_leaves_out_is_not_in_the_build(pattern: str, checkou
     assert not ignoring(checkout, **{".dockerignore": pattern})
 
 
+def test_a_dockerfile_is_sent_whatever_is_left_out_and_all_that_its_name_fits_to(checkout: Path) -> None:
+    reading(checkout, "services: {web: {secrets: [x]}}\nsecrets: {x: {file: ctx/secret}}\n", "prod")
+    files(checkout, ctx__secret="x")
+    for name in ("secre*", "Containerfile"):
+        (checkout / "ctx" / name).write_text("FROM scratch\n")
+    (checkout / "ctx/.dockerignore").write_text("*")
+    owners = [
+        told(checkout, f"services: {{web: {{build: {{context: ctx, dockerfile: '{name}'}}}}}}\n")
+        for name in ("secre*", "Containerfile")
+    ]
+    assert [one["services.web.build.context"]["owner"] for one in owners] == ["prod", ""]
+
+
 @pytest.mark.parametrize(("pattern", "sent"), [("keys", False), ("keys\n!keys/public", True), ("keys/a", True)])
 def test_a_folder_of_prods_is_left_out_as_a_whole(pattern: str, sent: bool, checkout: Path) -> None:
     files(checkout, ctx__keys__a="x", ctx__keys__public="x", ctx__Dockerfile="FROM scratch\n")
