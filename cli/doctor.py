@@ -206,6 +206,21 @@ def cpu_class(facts: HostFacts) -> Line:
     )
 
 
+def preemption(facts: HostFacts) -> Iterator[Line]:
+    """Whether prod, when it wakes up, waits for what a best-effort environment has the kernel do (docs/research)."""
+    if facts.preemption in ("voluntary", "full"):
+        yield Line("kernel preemption", Status.OK, facts.preemption)
+    elif facts.preemption:
+        yield Line(
+            "kernel preemption",
+            Status.WARN,
+            f"{facts.preemption}: what dev has the kernel do, such as reading large files, is interrupted at the next "
+            "tick only, and prod waits for that each time it wakes up",
+            "Add preempt=full to the kernel's command line (GRUB_CMDLINE_LINUX in /etc/default/grub, update-grub, "
+            "reboot), or take a distribution's kernel.",
+        )
+
+
 def memory_protection(facts: HostFacts) -> Iterator[Line]:
     """On cgroup v2: whether what is kept for an environment reaches its containers. (v1 has none, see `cgroups`.)"""
     if facts.cgroup_version == 2 and facts.controllers is not None and not facts.recursive_memory:
@@ -450,7 +465,13 @@ def examine(root: Path) -> list[Line]:
     lines.append(Line("Docker engine", Status.OK, f"{facts.address} ({facts.system}, kernel {facts.kernel})"))
     lines += engine_version(facts.server_version, _runs("firewalld") if facts.local else None)
     lines.append(live_restore(facts))
-    lines += [*cgroups(facts), cpu_class(facts), *memory_protection(facts), *io_isolation(facts, ledger)]
+    lines += [
+        *cgroups(facts),
+        cpu_class(facts),
+        *preemption(facts),
+        *memory_protection(facts),
+        *io_isolation(facts, ledger),
+    ]
     if facts.local:
         lines.append(swap(Path("/proc/meminfo").read_text()))
     lines += [*oom_scores(facts.scores), *disk_ceilings(ledger)]

@@ -93,6 +93,8 @@ class HostFacts(Frozen):
     """Those of `settings.machine.PROGRAMS` that are installed; None: the machine could not be read."""
     connections: tuple[int, int] | None = None
     """How many the kernel tracks there, of all environments, and how many it can; None where it tracks none."""
+    preemption: str = ""
+    """How the kernel's own work is interrupted, see `settings.machine.preemption`."""
     folders: Mapping[str, Place] = {}
     """Those that were asked for."""
 
@@ -175,6 +177,7 @@ def facts(docker_host: str | None = None, folders: Sequence[str] = ()) -> HostFa
             measured=read.get("measured"),
             programs=read.get("programs"),
             connections=read.get("connections"),
+            preemption=read.get("preemption", ""),
             folders=read.get("folders", {}),
         )
     except (KeyError, TypeError, ValueError):

@@ -2,8 +2,10 @@
 remote machine is sent this file: `ssh host python3 - DATA_ROOT FOLDER... < settings/machine.py` prints what `read`
 returns."""
 
+import gzip
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,13 +21,22 @@ GUARDS = ("dockerd", "containerd", "sshd")
 """Programs that have to outlive everything else when the machine is out of memory."""
 PROGRAMS = ("nft", "restic")
 """What deploys and the agent run there, beside the engine."""
+PREEMPTION = {
+    "PREEMPT_RT": "full",
+    "PREEMPT_NONE": "none",
+    "PREEMPT_VOLUNTARY": "voluntary",
+    "PREEMPT_LAZY": "lazy",
+    "PREEMPT": "full",
+}
+"""What a kernel is built with (kernel/Kconfig.preempt), and what that is called on its command line."""
 TRACKED = Path("/proc/sys/net/netfilter")
 
 
 def read(data_root: Path, folders: Iterable[Path] = ()) -> dict[str, Any]:
     """The facts as plain values: `systemd` (its version, 0 without), `recursive_memory`, `controllers`, `disk`,
     `scores` (OOM scores of GUARDS), `measured` (what host/device.py found, None before the first deploy), `programs`
-    (those of PROGRAMS that are installed), `connections` (how many are tracked, and at most) and `folders` (`place`).
+    (those of PROGRAMS that are installed), `connections` (how many are tracked, and at most), `preemption` and
+    `folders` (`place`).
 
     `disk` is None where the data root's file system stands on no block device (overlay, zfs), else `number` (MAJ:MIN
     of the whole disk), `name` and `size` (bytes) of the device whose throttle holds for the file system, `schedulers`
@@ -42,6 +53,7 @@ def read(data_root: Path, folders: Iterable[Path] = ()) -> dict[str, Any]:
         "measured": measured(),
         "programs": programs(os.environ.get("PATH", os.defpath)),
         "connections": connections(),
+        "preemption": preemption(),
         "folders": {str(one): place(one, data_root) for one in folders},
         "disk": device
         and {
@@ -145,6 +157,22 @@ def connections(folder: Path = TRACKED) -> list[int] | None:
         return [int((folder / f"nf_conntrack_{name}").read_text()) for name in ("count", "max")]
     except OSError:
         return None
+
+
+def preemption(proc: Path = Path("/proc"), boot: Path = Path("/boot"), release: str = platform.release()) -> str:
+    """How the kernel's own work is interrupted for a process that wakes up: `none`, `voluntary`, `lazy` or `full`;
+    empty where nothing tells. As it was built, unless its command line says otherwise (with PREEMPT_DYNAMIC)."""
+    try:
+        file = boot / f"config-{release}"
+        config = file.read_text() if file.exists() else gzip.decompress((proc / "config.gz").read_bytes()).decode()
+        line = (proc / "cmdline").read_text()
+    except (OSError, ValueError):
+        return ""
+    built = {name for name in re.findall(r"^CONFIG_(PREEMPT\w*)=y$", config, re.MULTILINE)}
+    said = re.findall(r"(?:^|\s)preempt=(none|voluntary|lazy|full)(?=\s|$)", line)
+    if said and "PREEMPT_DYNAMIC" in built:
+        return said[-1]
+    return next((mode for name, mode in PREEMPTION.items() if name in built), "")
 
 
 def measured(file: Path = MEASURED) -> dict[str, Any] | None:

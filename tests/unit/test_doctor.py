@@ -242,6 +242,19 @@ def test_a_table_of_connections_that_is_nearly_full_is_a_warning(count: int, exp
     assert ("nf_conntrack_max=200" in line.remedy) is (expected is Status.WARN)
 
 
+@pytest.mark.parametrize(
+    ("preemption", "expected"),
+    [("full", Status.OK), ("voluntary", Status.OK), ("lazy", Status.WARN), ("none", Status.WARN)],
+)
+def test_a_kernel_that_dev_can_keep_busy_beyond_the_next_wake_up_is_a_warning(
+    preemption: str, expected: Status
+) -> None:
+    (line,) = doctor.preemption(facts(preemption=preemption))
+    assert line.status is expected
+    assert ("preempt=full" in line.remedy) is (expected is Status.WARN)
+    assert list(doctor.preemption(facts())) == []
+
+
 def test_a_kernel_that_tracks_no_connections_has_no_line_of_them() -> None:
     assert list(doctor.connections(facts())) == []
 
@@ -295,6 +308,7 @@ def test_the_engines_machine_is_asked_about_the_folders_and_all_of_it_is_told(
             address="ssh://me@box",
             programs=frozenset({"nft"}),
             connections=(1, 100),
+            preemption="none",
             folders={path: place() for path in folders},
         )
 
@@ -302,6 +316,7 @@ def test_the_engines_machine_is_asked_about_the_folders_and_all_of_it_is_told(
     monkeypatch.setattr(doctor, "tools", lambda *_: [])
     told = status(doctor.examine(tmp_path))
     assert told["restic on the host"] is Status.WARN
+    assert told["kernel preemption"] is Status.WARN
     assert {"nft on the host", "connections", "backup target disk", "backup target away", "free disk"} <= set(told)
 
 

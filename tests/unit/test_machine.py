@@ -1,6 +1,7 @@
 """What a host's /sys, /proc and mounts say, read from folders that look like them, and by the file alone as it is sent.
 Folders like /sys are made in a temporary place."""
 
+import gzip
 import json
 import os
 import shutil
@@ -141,6 +142,37 @@ def test_two_file_systems_may_be_on_one_disk(tmp_path: Path, shared: bool) -> No
     other = tmp_path / "devices/sda" if shared else block(tmp_path, "sdb", number="8:16")
     (tmp_path / "dev/block" / f"{os.major(number)}:{os.minor(number)}").symlink_to(other)
     assert machine.place(tmp_path, data, tmp_path)["shared"] is shared
+
+
+@pytest.mark.parametrize(
+    ("built", "line", "found"),
+    [
+        (["PREEMPT_NONE", "PREEMPT_DYNAMIC", "PREEMPTION"], "quiet", "none"),
+        (["PREEMPT_NONE", "PREEMPT_DYNAMIC"], "quiet preempt=full", "full"),
+        (["PREEMPT_NONE", "PREEMPT_DYNAMIC"], "preempt=full preempt=voluntary x", "voluntary"),
+        (["PREEMPT_NONE"], "preempt=full", "none"),
+        (["PREEMPT_VOLUNTARY"], "nopreempt=full", "voluntary"),
+        (["PREEMPT_LAZY"], "", "lazy"),
+        (["PREEMPT", "PREEMPTION"], "", "full"),
+        (["PREEMPT", "PREEMPT_RT"], "", "full"),
+        ([], "", ""),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_how_the_kernel_is_interrupted_is_as_built_or_as_its_command_line_says(
+    built: list[str], line: str, found: str, packed: bool, tmp_path: Path
+) -> None:
+    config = "# CONFIG_PREEMPT_X is not set\n" + "".join(f"CONFIG_{name}=y\n" for name in built)
+    (tmp_path / "cmdline").write_text(f"{line}\n")
+    if packed:
+        (tmp_path / "config.gz").write_bytes(gzip.compress(config.encode()))
+    else:
+        (tmp_path / "config-6.1").write_text(config)
+    assert machine.preemption(tmp_path, tmp_path, "6.1") == found
+
+
+def test_a_kernel_that_tells_nothing_of_itself_is_not_judged(tmp_path: Path) -> None:
+    assert machine.preemption(tmp_path, tmp_path, "6.1") == ""
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
