@@ -171,7 +171,7 @@ def preemption(proc: Path = Path("/proc"), boot: Path = Path("/boot"), release: 
     built = {name for name in re.findall(r"^CONFIG_(PREEMPT\w*)=y$", config, re.MULTILINE)}
     said = re.findall(r"(?:^|\s)preempt=(none|voluntary|lazy|full)(?=\s|$)", line)
     if said and "PREEMPT_DYNAMIC" in built:
-        return said[-1]
+        return str(said[-1])
     return next((mode for name, mode in PREEMPTION.items() if name in built), "")
 
 
