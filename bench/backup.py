@@ -189,9 +189,9 @@ class Bench:
         """`make backup` and `make restore` of the database, as the agent does them."""
         repository = self.into(f"ours-{number}")
         found: dict[str, Any] = {"phases": {}}
+        (job,) = jobs(Places(), [PROD], [JOB])
         for run in ("backup", "again"):
             found[run] = self.agent("backup", "--environment", PROD, "--job", JOB)
-            (job,) = jobs(Places(), [PROD], [JOB])
             known = State(Places()).known(job)
             found["phases"][run] = self.phases() | {"WAL": known["wal_seconds"]}
         found |= {"added": known["added"], "size": known["size"]}

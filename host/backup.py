@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from collections import Counter
@@ -28,7 +27,7 @@ from typing import Any
 
 from host import engines, restic
 from host.engines import Container, Postgres, Redis
-from host.machine import Places, Undecided, deploying, read_json, write
+from host.machine import Places, Undecided, deploying, read_json, regularly, write
 from host.restic import BackupError, Repository, Snapshot
 from host.watch import program
 
@@ -170,9 +169,9 @@ class State:
     """
 
     def __init__(self, places: Places) -> None:
-        self._file = places.state / "backup/state.json"
         self._folder = places.state / "backup"
-        self._records = places.state / "backup/records.jsonl"
+        self._file = self._folder / "state.json"
+        self._records = self._folder / "records.jsonl"
         self._metrics = places.state / "metrics/backup.prom"
         self.jobs = _entries(self._file)
 
@@ -191,10 +190,10 @@ class State:
         """Notes what is new of a job's WAL."""
         entries = _entries(self._wal(job))
         entries[job.key] = entries.get(job.key, {}) | new
-        write(self._wal(job), json.dumps(entries, indent=1, sort_keys=True) + "\n")
+        _write_entries(self._wal(job), entries)
 
     def save(self, declared: Sequence[Job]) -> None:
-        write(self._file, json.dumps(self.jobs, indent=1, sort_keys=True) + "\n")
+        _write_entries(self._file, self.jobs)
         self.tell(declared)
 
     def tell(self, declared: Sequence[Job]) -> None:
@@ -219,6 +218,10 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise Undecided(f"{file}: {error}. Next step: remove it; every backup is then made anew") from None
     return found
+
+
+def _write_entries(file: Path, entries: Mapping[str, Any]) -> None:
+    write(file, json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
 
 def gap(known: Mapping[str, Any]) -> str:
@@ -575,9 +578,10 @@ def _archive(job: Job, state: State, started: float, say: Callable[[str], None])
         state.note_wal(job, unsaved=[], gap=why, gap_at=started)
         raise BackupError(why)
     if another or missing:
-        why = "another cluster is in the volume" if another else f"WAL is missing before {ago(started, started)}"
-        state.note_wal(job, gap=f"{why}; a new base backup follows", gap_at=started)
-        say(f"{job.key}: {why}; a new base backup follows")
+        what = "another cluster is in the volume" if another else f"WAL is missing before {ago(started, started)}"
+        why = f"{what}; a new base backup follows"
+        state.note_wal(job, gap=why, gap_at=started)
+        say(f"{job.key}: {why}")
     for repository in job.targets:
         if copied or repository.url in unsaved:
             facts = {"engine": "postgres", "at": started, "position": position, "history": name}
@@ -607,22 +611,18 @@ def wal_meanwhile(places: Places) -> Iterator[None]:
 
     A process for each environment, so that dev's server, which may answer as slowly as it likes, holds up its own only.
     """
-    over, children = threading.Event(), dict[str, "subprocess.Popen[bytes]"]()
-    command = ["setpriv", "--pdeathsig", "TERM", *program(), "backup", "--wal", "--environment"]
+    children = dict[str, "subprocess.Popen[bytes]"]()
+    command = restic.ends_too([*program(), "backup", "--wal", "--environment"], "TERM")
 
     def bring() -> None:
-        while not over.wait(WAL_SECONDS):
-            for name in sorted({job.environment for job in jobs(places) if job.wal}):
-                if name not in children or children[name].poll() is not None:
-                    children[name] = subprocess.Popen([*command, name], stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        for name in sorted({job.environment for job in jobs(places) if job.wal}):
+            if name not in children or children[name].poll() is not None:
+                children[name] = subprocess.Popen([*command, name], stdin=subprocess.DEVNULL, stdout=sys.stderr)
 
-    bringing = threading.Thread(target=bring, daemon=True)
-    bringing.start()
     try:
-        yield
+        with regularly(WAL_SECONDS, bring):
+            yield
     finally:
-        over.set()
-        bringing.join()
         for child in children.values():
             child.terminate()
         for child in children.values():

@@ -4,8 +4,10 @@ files written in one piece. It decides nothing."""
 import json
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,24 @@ def ask(
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise Undecided(f"{' '.join(command[:3])}: {said}. Next step: {remedy}")
     return done.stdout
+
+
+@contextmanager
+def regularly(seconds: float, do: Callable[[], None]) -> Iterator[None]:
+    """Does something every so many seconds beside the body, and no more when that has ended."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(seconds):
+            do()
+
+    beside = threading.Thread(target=run, daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beside.join()
 
 
 def inspect(kind: str, *names: str) -> list[dict[str, Any]]:

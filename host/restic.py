@@ -34,8 +34,6 @@ STEPS = (
     (FULL, "the target is full: make room there, or let fewer snapshots be kept (retain)"),
     (("wrong password or no key found",), "this is another repository's key: see docs/runbooks/lost-key.md"),
 )
-ENDS_TOO = ("setpriv", "--pdeathsig", "KILL")
-"""What is started by it ends with whoever started it, however that ends."""
 NOT_INSTALLED = "restic is not installed. Next step: apt-get install restic"
 ANSWER_SECONDS = 600
 INCOMPLETE = 3
@@ -44,6 +42,11 @@ GIVE_UP_SECONDS = 2.0
 
 
 Made = TypeVar("Made")
+
+
+def ends_too(command: Sequence[str], signal: str = "KILL") -> list[str]:
+    """A command that is sent a signal when whoever starts it ends, however that ends."""
+    return ["setpriv", "--pdeathsig", signal, *command]
 
 
 class BackupError(Exception):
@@ -287,12 +290,19 @@ class Repository:
 
     def dump(self, snapshot: str, file: str) -> list[str]:
         """The command that prints one file of a snapshot; it needs `environment`."""
-        return [*ENDS_TOO, *self._restic, "--quiet", "dump", snapshot, file]
+        return ends_too([*self._restic, "--quiet", "dump", snapshot, file])
 
-    def dump_into(self, target: IO[bytes], snapshot: str, file: str) -> None:
-        """Writes one file of a snapshot into an open one. BackupError where it is not there, or not whole."""
+    def dump_into(self, target: IO[bytes] | int, snapshot: str, file: str, seconds: float | None = None) -> None:
+        """Writes one file of a snapshot into an open one. BackupError where it is not there, or not whole;
+        subprocess.TimeoutExpired where that takes longer than so many seconds."""
         done = subprocess.run(
-            self.dump(snapshot, file), env=self.environment, stdout=target, stderr=subprocess.PIPE, check=False
+            self.dump(snapshot, file),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=target,
+            stderr=subprocess.PIPE,
+            timeout=seconds,
+            check=False,
         )
         if done.returncode:
             raise self.error("dump", done.stderr.decode(errors="replace"))
@@ -435,7 +445,7 @@ def _running(
         if shutil.which(command[0]) is None:
             raise Undecided(NOT_INSTALLED)
         child = subprocess.Popen(
-            [*ENDS_TOO, *command], env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder
+            ends_too(command), env=environment, stdin=stdin, stdout=output, stderr=errors, cwd=folder
         )
         try:
             yield Running(child, output, errors)

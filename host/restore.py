@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,7 +36,7 @@ from host.backup import (
 )
 from host.engines import Container, mountpoint
 from host.keep import BEST_EFFORT, used
-from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect, read_json, write
+from host.machine import ANSWER_SECONDS, START_ENGINE, Places, Undecided, ask, inspect, read_json, regularly, write
 from host.restic import BackupError, Repository, Snapshot
 
 KEPT = "bulkhead.kept"
@@ -185,7 +184,7 @@ RECOVERED = 'cd "$1" && mv .bulkhead.conf postgresql.auto.conf && rm -f recovery
 
 
 def in_volume(
-    job: Job, snapshot: Snapshot, volume: str, script: str, *words: str, options: Sequence[str] = ("--rm",)
+    job: Job, snapshot: Snapshot, volume: str, script: str, *words: str, options: Sequence[str] = ()
 ) -> list[str]:
     """The words that run a script beside a volume, which is /to. In a container, since a volume may hold anything,
     links to files of the host too. `$1`: where the data is, `$2`, `$3`: whose it is, then `words`."""
@@ -194,6 +193,11 @@ def in_volume(
     arguments = ("-euc", script, "sh", f"/to/{snapshot.facts['inside']}", str(uid), str(gid), *words)
     mounted = (*options, *caps, f"--volume={volume}:/to")
     return throwaway(job, template(job), *arguments, user="0:0", entry="sh", options=mounted)
+
+
+def ran_in_volume(job: Job, snapshot: Snapshot, volume: str, script: str, *words: str) -> None:
+    """Runs a script beside a volume, see `in_volume`. Undecided where it fails."""
+    ask(["docker", "run", *in_volume(job, snapshot, volume, script, *words, options=("--rm",))], START_ENGINE)
 
 
 def unpack(job: Job, repository: Repository, snapshot: Snapshot, size: int, volume: str, say: Say) -> None:
@@ -227,18 +231,12 @@ CLOSED = "broken pipe"
 def dumped(repository: Repository, snapshot: Snapshot, sink: int) -> BackupError | None:
     """Writes a base backup into a pipe; what went wrong."""
     try:
-        done = subprocess.run(
-            repository.dump(snapshot.id, "/base.tar"),
-            env=repository.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.PIPE,
-            timeout=UNPACK_SECONDS,
-            check=False,
-        )
+        repository.dump_into(sink, snapshot.id, "/base.tar", UNPACK_SECONDS)
     except subprocess.TimeoutExpired:
         return BackupError(f"the base backup is not unpacked within {UNPACK_SECONDS:g} s")
-    return repository.error("dump", done.stderr.decode(errors="replace")) if done.returncode else None
+    except BackupError as error:
+        return error
+    return None
 
 
 @contextmanager
@@ -267,21 +265,15 @@ def taken(pipe: Path, reader: Container) -> Iterator[int]:
 @contextmanager
 def progress(folder: Path, size: int, say: Say) -> Iterator[None]:
     """Says every few seconds how much of so many bytes has come, and how long the rest will take."""
-    ended, started = threading.Event(), time.monotonic()
+    began = time.monotonic()
 
     def tell() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            there, took = used([str(folder)]), time.monotonic() - started
-            rest = max(0.0, took / there * (size - there)) if there else 0.0
-            say(f"  {there / 2**20:.0f} of {size / 2**20:.0f} MiB, about {rest:.0f} s left")
+        there, took = used([str(folder)]), time.monotonic() - began
+        rest = max(0.0, took / there * (size - there)) if there else 0.0
+        say(f"  {there / 2**20:.0f} of {size / 2**20:.0f} MiB, about {rest:.0f} s left")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
+    with regularly(PROGRESS_SECONDS, tell):
         yield
-    finally:
-        ended.set()
-        teller.join()
 
 
 # --- PostgreSQL
@@ -369,9 +361,9 @@ def same_version(job: Job, like: Container, snapshot: Snapshot) -> None:
 def recovery(job: Job, snapshot: Snapshot, volume: str, settings: Mapping[str, str]) -> Iterator[None]:
     """Makes a cluster recover when it starts; afterwards it says nothing of that any more."""
     lines = "".join(f"{name} = '{value}'\n" for name, value in settings.items())
-    ask(["docker", "run", *in_volume(job, snapshot, volume, RECOVER, lines)], START_ENGINE)
+    ran_in_volume(job, snapshot, volume, RECOVER, lines)
     yield
-    ask(["docker", "run", *in_volume(job, snapshot, volume, RECOVERED)], START_ENGINE)
+    ran_in_volume(job, snapshot, volume, RECOVERED)
 
 
 @contextmanager
@@ -805,7 +797,7 @@ FORGET = 'cd "$1" && rm -rf -- "$4"/* log/* pg_log/* pg_stat/* pg_stat_tmp/*'
 def forgotten(job: Job, snapshot: Snapshot, volume: str, logs: str) -> None:
     """Takes WAL, logs (of that folder) and texts of queries out of a cluster that was stopped in order."""
     facts, like = snapshot.facts, template(job)
-    ask(["docker", "run", *in_volume(job, snapshot, volume, FORGET, logs)], START_ENGINE)
+    ran_in_volume(job, snapshot, volume, FORGET, logs)
     data = str(Path(facts["mount"]) / facts["inside"])
     options = ("--rm", f"--volume={volume}:{facts['mount']}")
     uid, gid = facts["owner"]

@@ -189,13 +189,13 @@ def engine_work(field: Field, about: Subject) -> Iterator[Finding]:
 def _too_many(about: Subject) -> Iterator[Finding]:
     made = [one for one in about.whole().of(CONTAINER) if one.props.get("start") is not False]
     ports = sum(1 for one in made for _ in one.fields("ports.internal"))
-    for what, found in (("containers", len(made)), ("ports", ports)):
-        allowed = about.options[what]
+    for option, found, what in (("containers", len(made), "containers"), ("ports", ports, "published ports")):
+        allowed = about.options[option]
         if found > allowed:
             yield Finding(
-                f"{found} {what if what == 'containers' else 'published ports'}",
+                f"{found} {what}",
                 "the engine's processes for them take memory that is kept for the system, and prod waits for it",
-                f"have at most {allowed:g} (scale, deploy.replicas, ports), or raise the option {what} of this rule",
+                f"have at most {allowed:g} (scale, deploy.replicas, ports), or raise the option {option} of this rule",
             )
 
 

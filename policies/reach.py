@@ -623,22 +623,9 @@ def foreign_files(field: Field, about: Subject) -> Iterator[Finding]:
 def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
     path, mine = str(field.value or ""), about.resource.stack
     own_file = f"give {mine} a file of its own in the checkout, or a secret under bulkhead:secrets"
-    if field.path.endswith("build.context.owner"):
-        own_file = "leave it out in .dockerignore by its plain path (secrets, not **/secrets), or build another folder"
     if field.path.endswith(".owner"):
-        told = about.resource.props["reads"].get(field.path.removeprefix("reads.").removesuffix(".owner"), {})
-        if path and path != mine and (why := told.get("unreadable")):
-            yield Finding(
-                f"it may be a secret of {path}, whose Compose files cannot be read here ({why})",
-                f"deployed by somebody who may read it, {mine} would have it too",
-                f"make them readable, or {own_file}",
-            )
-        elif path and path != mine:
-            yield Finding(
-                f"a secret of {path}",
-                f"deployed by somebody who may read it, {mine} would have it too",
-                f"{own_file}; what only {path} needs belongs into a Compose file that {mine} does not name",
-            )
+        if path and path != mine:
+            yield _of_another(path, field.path.removeprefix("reads.").removesuffix(".owner"), own_file, about)
     elif owner := naming(path, about):
         yield Finding(f"named after {owner}", f"what is {owner}'s would be in {mine}", own_file)
     elif about.tier == Tier.BEST_EFFORT and not _free(path, about):
@@ -647,6 +634,18 @@ def _read_by_compose(field: Field, about: Subject) -> Iterator[Finding]:
             "whose it is cannot be told from here, and the deployer may read prod's",
             own_file + ", or list its folder in the option folders of this rule",
         )
+
+
+def _of_another(owner: str, key: str, own_file: str, about: Subject) -> Finding:
+    mine, why = about.resource.stack, about.resource.props["reads"].get(key, {}).get("unreadable")
+    if key.endswith("build.context"):
+        own_file = "leave it out in .dockerignore by its plain path (secrets, not **/secrets), or build another folder"
+    consequence = f"deployed by somebody who may read it, {mine} would have it too"
+    if why:
+        found = f"it may be a secret of {owner}, whose Compose files cannot be read here ({why})"
+        return Finding(found, consequence, f"make them readable, or {own_file}")
+    elsewhere = f"what only {owner} needs belongs into a Compose file that {mine} does not name"
+    return Finding(f"a secret of {owner}", consequence, f"{own_file}; {elsewhere}")
 
 
 def _free(path: str, about: Subject) -> bool:

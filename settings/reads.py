@@ -108,9 +108,10 @@ def _owner(one: Read, path: Path, theirs: Mapping[Path, str]) -> str:
     for secret, name in theirs.items():
         if path.is_relative_to(secret):
             return name
-        around = secret.is_relative_to(path) and (one.build is None or secret.exists())
-        if around and not (one.build and left_out(one.build, secret.relative_to(path))):
-            return name
+        if secret.is_relative_to(path):
+            build = one.build
+            if build is None or (secret.exists() and not left_out(build, secret.relative_to(path))):
+                return name
     return ""
 
 
@@ -171,7 +172,11 @@ def sent(build: Build) -> Sequence[str]:
 
     found: set[str] = set()
     for file in ignores(build):
-        odd = [(line, bool(_ODD.search(line))) for line in _patterns(file)]
-        patterns = ["!**" if unclear else line for line, unclear in odd if line.startswith("!") or not unclear]
+        patterns = []
+        for line in _patterns(file):
+            if not _ODD.search(line):
+                patterns.append(line)
+            elif line.startswith("!"):
+                patterns.append("!**")
         found.update(exclude_paths(build.context, patterns, dockerfile=build.dockerfile))
     return sorted(found)

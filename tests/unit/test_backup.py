@@ -485,8 +485,7 @@ def test_a_base_backup_knows_the_segment_of_wal_that_it_begins_after(
 ) -> None:
     mounts = [{"Name": "v", "Destination": "/data"}]
     monkeypatch.setattr(engines.Container, "said", lambda *_, **__: "150004|00000001000000000000001F\n")
-    container, data = engines.Container({"Id": "x", "Mounts": mounts}), PurePosixPath("/data/15")
-    server = engines.Postgres(container, "v", PurePosixPath("/bin"), 1, data, tmp_path, "/tmp", 1, (), "u")
+    server = postgres({"Id": "x", "Mounts": mounts}, "/data/15", tmp_path)
     facts = server.facts()
     assert (facts["version"], facts["segment"], facts["inside"]) == (150004, "00000001000000000000001F", "15")
 
@@ -590,6 +589,12 @@ def test_a_script_is_read_by_a_command_in_a_container_which_does_not_go_on_for_e
         container.typed("", "sleep", "60", seconds=0.1)
 
 
+def postgres(inspected: Mapping[str, Any] = {"Id": "x"}, data: str = "", folder: Path = Path()) -> engines.Postgres:
+    """A server in a container, with its cluster there and on the host."""
+    container = engines.Container(inspected)
+    return engines.Postgres(container, "v", PurePosixPath("/bin"), 1, PurePosixPath(data), folder, "/tmp", 1, (), "u")
+
+
 class Server:
     """A PostgreSQL server whose WAL is archived: `new` files at the next time. `given_up`: what it may keep at most."""
 
@@ -633,12 +638,11 @@ def test_a_base_backup_that_nobody_reads_any_more_is_ended_in_its_server_too(
         asked.append(" ".join(command))
         raise ends
 
-    container = engines.Container({"Id": "x"})
-    server = engines.Postgres(container, "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u")
+    server = postgres()
     monkeypatch.setattr(engines.Postgres, "query", query)
     monkeypatch.setattr(engines.Postgres, "facts", lambda _: {})
     monkeypatch.setattr(engines.Postgres, "of", lambda *_: server)
-    monkeypatch.setattr(Job, "container", lambda _: container)
+    monkeypatch.setattr(Job, "container", lambda _: server.container)
     monkeypatch.setattr(Job, "wal", False)
     monkeypatch.setattr(backup, "history", lambda *_: ("1", False))
     monkeypatch.setattr(Repository, "save_stream", save_stream)
@@ -854,9 +858,7 @@ def test_the_slot_is_given_up_with_the_base_backup_that_needs_it_only_beyond_the
         said.append(sql)
         return lag
 
-    server = engines.Postgres(
-        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u"
-    )
+    server = postgres()
     monkeypatch.setattr(engines.Postgres, "query", query)
     server.let_go(7, 9)
     assert len(said) == len(asked)
@@ -901,9 +903,7 @@ def test_more_wal_at_once_than_a_server_may_keep_is_not_copied(tmp_path: Path, m
     (volume / "pg_wal/00000002.history").touch()
     for number in range(1, 6):
         (volume / f"pg_wal/00000001{number:016X}").write_bytes(b"x" * 10)
-    server = engines.Postgres(
-        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), volume, "/tmp", 1, (), "u"
-    )
+    server = postgres(folder=volume)
     monkeypatch.setattr(engines, "mountpoint", lambda _: volume)
     monkeypatch.setattr(engines.Postgres, "query", lambda *_: f"00000001{1:016X}|00000001{5:016X}")
     monkeypatch.setattr(engines, "MOST", 25)
@@ -965,9 +965,7 @@ def test_a_ceiling_holds_for_what_is_read_and_for_what_is_stored(monkeypatch: py
     monkeypatch.setattr(Repository, "call", lambda one, *_, **__: copied.append(one))
     slow.copy_from(Repository("/srv/there", "key", Path("/nowhere")), "a")
     assert [one.rate for one in copied] == [slow.rate]
-    server = engines.Postgres(
-        engines.Container({"Id": "x"}), "v", PurePosixPath("/bin"), 1, PurePosixPath(), Path(), "/tmp", 1, (), "u"
-    )
+    server = postgres()
     assert "--max-rate=3072" in server.base(hurry=True, rate=slow.rate)
     assert not [word for word in server.base(hurry=True) if "rate" in word]
     given: list[Repository] = []
@@ -1349,9 +1347,8 @@ def test_a_stream_is_saved_and_comes_back(real: Repository) -> None:
 def test_a_lock_of_a_run_that_was_killed_stands_in_nobodys_way(real: Repository, tmp_path: Path) -> None:
     real.save_stream(["printf", "one"], "base.tar", ["job:j"], 30)
     run = subprocess.Popen(["restic", "backup", "--stdin"], env=real.environment, stdin=subprocess.PIPE)
-    locks, deadline = tmp_path / "repository/locks", time.monotonic() + 30
-    while not list(locks.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    locks = tmp_path / "repository/locks"
+    until(lambda: bool(list(locks.iterdir())))
     run.kill()
     run.communicate()
     assert list(locks.iterdir())
