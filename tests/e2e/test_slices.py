@@ -206,6 +206,10 @@ def test_processes_of_the_slice_are_the_first_to_go_when_the_machine_is_out_of_m
     start: Start, places: Places
 ) -> None:
     bystander, inside = start("sleep 60", inside=False), start("sleep 60 & sleep 60")
+    end = time.monotonic() + 30  # a container has started before its shell has
+    while len(inside.top()["Processes"]) < 4:  # init, the shell and its two
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert (score(bystander), score(inside)) == (0, 0)
     assert kept(places) == 0
     assert (score(bystander), score(inside)) == (0, 1000)
