@@ -85,9 +85,10 @@ class Agent:
         options = shlex.join(["backup", "--environment", environment, "--store", name])
         return self._root(f"umask 077\nexec python3 {PROGRAM} {options}\n", data).strip()
 
-    def verified(self) -> str | None:
-        """When a restore of each volume's backup was last checked, as JSON; None where the host cannot be asked."""
-        script = f"[ ! -e {PROGRAM} ] || exec python3 {PROGRAM} backup --verified\n"
+    def backups(self) -> str | None:
+        """When each volume's backup last succeeded, and when a restore of it was last checked, as JSON by volume
+        (`settings.backup.last_known`); None where the host cannot be asked."""
+        script = f"[ ! -e {PROGRAM} ] || exec python3 {PROGRAM} backup --last\n"
         try:
             done = onhost.run(self._address, script, timeout=ASK_SECONDS)
         except (OSError, subprocess.TimeoutExpired):

@@ -13,7 +13,7 @@ from rich.console import Console
 from cli import agent, backups, bootstrap, bucket, deploy, diagram, doctor, order, plan, report
 from cli import recover as recovery
 from cli.pulumi import Pulumi, PulumiError
-from settings.ledger import Tier
+from settings.backup import LAST_KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / ".bulkhead" / "report"
@@ -33,12 +33,12 @@ Environments = Annotated[
 
 
 def judged(stacks: order.Stacks) -> Pulumi:
-    """Pulumi, with what the host knows of its backups for the policies to judge, which they do of protected ones."""
+    """Pulumi, with what the host knows of its backups, which policies judge and stacks put out."""
     pulumi = Pulumi.of(ROOT)
-    if Tier.PROTECTED in {stacks.tiers.get(name) for name in stacks.environments}:
+    if stacks.environments:
         with console.status("asking the host about its backups"):
-            verified = agent.Agent.of(ROOT).verified()
-        pulumi.variables = {**pulumi.variables, **({"BULKHEAD_VERIFIED": verified} if verified else {})}
+            known = agent.Agent.of(ROOT).backups()
+        pulumi.variables = {**pulumi.variables, **({LAST_KNOWN: known} if known else {})}
     return pulumi
 
 

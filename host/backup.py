@@ -62,6 +62,8 @@ RECORDS_BYTES = 4 * 2**20
 WAL_KEPT = {"last": 3, "daily": 2}
 """Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
 STATES_KEPT = 10
+LAST = ("last_success", "last_verified")
+"""What a deploy asks of each volume."""
 RUNS = "backup.lock"
 """Of backups, drills and restores there is one at a time."""
 
@@ -702,7 +704,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anew", action="store_true", help="this is the data: into a new repository where one is gone")
     parser.add_argument("--rate", type=int, metavar="MIB", help="at most so much a second; else of --due as declared")
     parser.add_argument("--list", action="store_true", help="the snapshots, newest last")
-    parser.add_argument("--verified", action="store_true", help="when each volume's was last checked, as JSON")
+    parser.add_argument("--last", action="store_true", help="each volume's last success and check, as JSON")
     parser.add_argument("--json", action="store_true", help="the report for a program")
 
 
@@ -723,8 +725,8 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
     if args.list:
         return show(wanted, args.json)
     state = State(places)
-    if args.verified:
-        print(json.dumps({job.volume: state.of(job).get("last_verified") for job in wanted}))
+    if args.last:
+        print(json.dumps({job.volume: {key: state.of(job).get(key) for key in LAST} for job in wanted}))
         return 0
     now = time.time()
     if args.due:

@@ -319,12 +319,13 @@ def volume_backup(_field: Field, about: Subject) -> Iterator[Finding]:
 def backup_verified(field: Field, about: Subject) -> Iterator[Finding]:
     """The host's drills restore and check them, within `verified_within` of the ledger. Where no command of Bulkhead's
     has asked the host, as with `pulumi preview` alone, nothing is said."""
-    known = about.world.verified
+    known = about.world.backups
     if known is None:
         return
-    at, within = known.get(str(field.value)), timedelta(seconds=about.world.settings.backup.verified_within)
+    at = known.get(str(field.value), {}).get("last_verified", 0.0)
+    within = timedelta(seconds=about.world.settings.backup.verified_within)
     oldest = datetime.combine(about.world.today, time(), UTC) - within
-    if not isinstance(at, int | float) or at < oldest.timestamp():
+    if at < oldest.timestamp():
         yield Finding(
             repr(field.value),
             f"no restore of its backup was checked in the last {within.days} days: nobody knows whether one succeeds",

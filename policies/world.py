@@ -1,7 +1,6 @@
 """What the rules see: the ledger, one resource's inputs, and the graph of the stack that is deployed.
 Values are read through `fields`, which finds what is set, unset and `UNKNOWN` at a pattern."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from policies.wire import UNKNOWN, properties
+from settings.backup import last_known
 from settings.ledger import Environment, Ledger, LedgerSettings
 
 CONTAINER: Final = "docker:index/container:Container"
@@ -104,8 +104,8 @@ class World:
     `seen` holds the inputs of every resource that this stack manages: a resource that is only looked up
     (`Network.get`) is never analysed and so is not in it. `open` holds what a rule could not decide from one
     resource alone; `told`, which rule says of a resource that there is no ledger to judge it by.
-    `today`: UTC, against which exemptions expire. `verified`: when a restore of each volume's backup was last checked,
-    in seconds since 1970, or None; None as a whole where nobody has asked the host.
+    `today`: UTC, against which exemptions expire. `backups`: what the host knows of each volume's (`last_known`); None
+    where nobody has asked it.
     """
 
     read_settings: Callable[[], LedgerSettings]
@@ -113,13 +113,13 @@ class World:
     seen: dict[str, Resource] = field(default_factory=dict)
     open: dict[str, set[str]] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)
-    verified: Mapping[str, Any] | None = None
+    backups: Mapping[str, Mapping[str, float]] | None = None
 
     @classmethod
-    def of(cls, file: Path, verified: str | None = None) -> "World":
-        """The world of a ledger file, which is read when the first rule asks for it. `verified`: as JSON; what is none
-        counts as if nothing had ever been verified."""
-        return cls(lambda: LedgerSettings.read(file), verified=_verified(verified) if verified else None)
+    def of(cls, file: Path, backups: str | None = None) -> "World":
+        """The world of a ledger file, which is read when the first rule asks for it. `backups`: as JSON; what is none
+        counts as if nothing had ever been backed up."""
+        return cls(lambda: LedgerSettings.read(file), backups=last_known(backups) if backups else None)
 
     @cached_property
     def settings(self) -> LedgerSettings:
@@ -165,14 +165,6 @@ class World:
         while one is not None:
             yield one
             one = self.seen.get(one.parent)
-
-
-def _verified(text: str) -> Mapping[str, Any]:
-    try:
-        told = json.loads(text)
-    except ValueError:
-        return {}
-    return told if isinstance(told, Mapping) else {}
 
 
 class Graph:

@@ -1,6 +1,7 @@
 """Backups as the user writes them: what is backed up (`x-bulkhead.backup` of a volume) and where to (the ledger).
 Who may open what is not written here: each environment has its own repository, key and credentials, as secrets."""
 
+import json
 import re
 from collections.abc import Mapping
 from itertools import permutations
@@ -21,6 +22,9 @@ _CLOCK = re.compile(r"([01]\d|2[0-3]):([0-5]\d)", re.ASCII)
 _NAME = re.compile(r"[a-z](?:-?[a-z0-9]){0,30}", re.ASCII)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", re.ASCII)
 WORDS = {"hourly": 3600, "daily": 86400, "weekly": 7 * 86400}
+LAST_KNOWN = "BULKHEAD_BACKUPS"
+"""The variable in which a command hands what the host knows of its backups to programs and policies (`last_known`)."""
+LAST = ("last_success", "last_verified")
 
 
 def parse_span(written: object) -> int:
@@ -37,6 +41,20 @@ def parse_clock(written: str) -> int | None:
     """Minutes after midnight of `03:00`; None for anything else."""
     match = _CLOCK.fullmatch(written.strip())
     return int(match[1]) * 60 + int(match[2]) if match else None
+
+
+def last_known(told: str) -> dict[str, dict[str, float]]:
+    """Of each volume's backup that the host knows of, by the engine's name of the volume: those of `LAST` that there
+    were, in seconds since 1970. `told`: as JSON; empty for anything else."""
+    try:
+        volumes = json.loads(told)
+    except ValueError:
+        return {}
+    return {
+        volume: {key: known[key] for key in LAST if isinstance(known.get(key), int | float)}
+        for volume, known in (volumes.items() if isinstance(volumes, dict) else ())
+        if isinstance(known, dict)
+    }
 
 
 def _schedule(written: object) -> str:

@@ -1,6 +1,7 @@
 """An environment's stack: its compose files, built on what the host stack promises it."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pulumi
@@ -13,7 +14,7 @@ from components.labels import ENVIRONMENT
 from components.promises import Promises
 from components.secret import Secret
 from settings import compose, host
-from settings.backup import BucketTarget
+from settings.backup import LAST, LAST_KNOWN, BucketTarget, last_known
 from settings.errors import SettingsError
 from settings.ledger import LedgerSettings
 from settings.project import (
@@ -30,7 +31,7 @@ from settings.project import (
     root,
 )
 from settings.reads import inherited
-from stacks.host import host_stack
+from stacks.host import stack_of
 
 
 def build() -> Environment:
@@ -46,7 +47,7 @@ def build() -> Environment:
     check_volumes(project, ledger.host)
     secrets = pulumi.Config("bulkhead").get_secret_object("secrets") if settings.secret_names else None
     given = pulumi.ResourceOptions(providers=providers(project, ledger.host))
-    deployed = pulumi.StackReference("host", stack_name=host_stack())
+    deployed = pulumi.StackReference("host", stack_name=stack_of("host"))
     Promises("promises", deployed.outputs)
     engine = deployed.require_output("engine")
     mine = deployed.require_output("environments").apply(lambda environments: promise(environments, name))
@@ -77,7 +78,7 @@ def build() -> Environment:
     pulumi.export("networks", environment.networks)
     pulumi.export("volumes", environment.volumes)
     pulumi.export("services", environment.services)
-    pulumi.export("backups", {volume: job.told for volume, job in jobs.items()})
+    pulumi.export("backups", told_of(jobs))
     refresh = {
         volume: {**told, "volume": engine_name(name, volume, project.volumes[volume])}
         for volume, told in refreshed(project, ledger, settings).items()
@@ -123,6 +124,32 @@ def backups(
         return {}, None
     given = secrets[REPOSITORY_KEY] if secrets is not None and REPOSITORY_KEY in settings.secret_names else None
     return jobs, repository_key(f"{name}-backup-key", ledger.environment(name).tier, given, opts)
+
+
+def told_of(jobs: Mapping[str, BackupJob]) -> pulumi.Input[dict[str, Any]]:
+    """What everybody may see of each backup, by compose key; `when_deployed` is what the host knew of it then.
+
+    A preview puts out what is deployed: after each backup there would be changes that nobody has made.
+    """
+    if not jobs:
+        return {}
+    known = {} if pulumi.runtime.is_dry_run() else last_known(os.environ.get(LAST_KNOWN, ""))
+    deployed = pulumi.StackReference("deployed", stack_name=stack_of(pulumi.get_stack())).outputs
+
+    def told(before: Mapping[str, Any] | None) -> dict[str, Any]:
+        backups = (before or {}).get("backups") or {}
+        return {
+            key: {**job.told, "when_deployed": when_deployed(known.get(job.told["volume"]), backups.get(key) or {})}
+            for key, job in jobs.items()
+        }
+
+    return deployed.apply(told)
+
+
+def when_deployed(known: Mapping[str, float] | None, deployed: Mapping[str, Any]) -> dict[str, int]:
+    """Those of `LAST` that there are, in seconds since 1970; as `deployed` where the host told nothing."""
+    there = deployed.get("when_deployed") or {} if known is None else known
+    return {key: int(there[key]) for key in LAST if key in there}
 
 
 def providers(project: compose.Project, address: str | None) -> list[pulumi.ProviderResource]:

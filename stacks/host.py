@@ -78,7 +78,7 @@ def build() -> None:
         ),
         opts=pulumi.ResourceOptions(providers=[provider], depends_on=[firewall, *slices.values()]),
     )
-    deployed = pulumi.StackReference("host", stack_name=host_stack()).outputs
+    deployed = pulumi.StackReference("host", stack_name=stack_of("host")).outputs
     Promises("promises", deployed.apply(lambda before: not_lowered(before or {}, now)))
     pulumi.export("capacity", ledger.capacity.model_dump())
     pulumi.export("system", budget(ledger.system))
@@ -94,9 +94,9 @@ def build() -> None:
     pulumi.export("firewall", {**now["firewall"], "environments": firewall.environments})
 
 
-def host_stack() -> str:
-    """The full name of the host stack, beside this one."""
-    return f"{pulumi.get_organization()}/{pulumi.get_project()}/host"
+def stack_of(name: str) -> str:
+    """The full name of a stack beside this one: `host`, or an environment's."""
+    return f"{pulumi.get_organization()}/{pulumi.get_project()}/{name}"
 
 
 def not_lowered(deployed: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

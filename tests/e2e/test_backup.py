@@ -297,6 +297,12 @@ def test_a_drill_restores_all_of_prod_checks_it_and_leaves_nothing(
         assert job["rto"] > 0
     assert {one.id for one in engine.containers.list(all=True)} == containers
     assert {one.id for one in engine.volumes.list()} == volumes
+    # What a deploy puts out of it is no change to a preview.
+    told = agent("backup", "--last", "--environment", PROD).stdout
+    live.done("pulumi", args=f"up --yes --skip-preview --stack {PROD}", BULKHEAD_BACKUPS=told)
+    when = live.outputs(PROD)["backups"]["db-data"]["when_deployed"]
+    assert when == {key: int(known(f"{PROD}/db-data")[key]) for key in ("last_success", "last_verified")}
+    assert "no changes" in live.done("preview", PROD)
     metrics = Path("/var/lib/bulkhead/metrics/backup.prom").read_text()
     assert f'bulkhead_backup_last_verified_timestamp_seconds{{environment="{PROD}",job="db-data"}} 1' in metrics
 

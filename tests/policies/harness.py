@@ -39,8 +39,8 @@ HOST_OUTPUTS: Mapping[str, Any] = {
 """What the host stack has put out: a machine of 10 CPUs and 10 GiB with the promises of `LEDGER`."""
 
 TODAY = date(2026, 6, 15)
-VERIFIED = {
-    f"prod-{name}": datetime(2026, 6, day, 12, tzinfo=UTC).timestamp() if day else None
+BACKUPS = {
+    f"prod-{name}": {"last_verified": datetime(2026, 6, day, 12, tzinfo=UTC).timestamp()} if day else {}
     for name, day in {"data": 14, "old": 6, "last": 7, "never": 0}.items()
 }
 """When the host has last checked a restore of each volume's backup; the ledger's limit is eight days."""
@@ -179,7 +179,7 @@ def run(
     `remedy`: remedies are applied first, as the engine does. `twice`: versions of resources that are analysed before
     the final ones, as the engine does with what is replaced.
     """
-    server: Any = Server(rules, World(World.of(file).read_settings, today, verified=VERIFIED))
+    server: Any = Server(rules, World(World.of(file).read_settings, today, backups=BACKUPS))
     server._settings = settings or {}
     root = Given(STACK, f"bulkhead-{stack}", {})
     # Components are there before their children, whatever the order of the rest.

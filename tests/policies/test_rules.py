@@ -524,8 +524,16 @@ HARMLESS = {
 
 @pytest.mark.parametrize(
     ("told", "warned"),
-    [(None, False), ("", False), ("{}", True), ("not JSON", True), ("[]", True), ('{"prod-data": "x"}', True)],
-    ids=["nobody asked", "nothing was answered", "nothing is known", "no JSON", "no object", "no time"],
+    [
+        *((None, False), ("", False), ("{}", True), ("not JSON", True), ("[]", True), ('{"prod-data": "x"}', True)),
+        ('{"prod-data": {"last_verified": "x"}}', True),
+        ('{"prod-data": {"last_success": 4102444800, "last_verified": null}}', True),
+        ('{"prod-data": {"last_verified": 4102444800}}', False),
+    ],
+    ids=[
+        *("nobody asked", "nothing was answered", "nothing is known", "no JSON", "no object", "nothing of the volume"),
+        *("no time", "backed up only", "verified"),
+    ],
 )
 def test_without_an_answer_of_the_host_nothing_is_said_and_a_broken_one_is_a_warning(
     told: str | None, warned: bool, tmp_path: Path

@@ -146,16 +146,18 @@ def test_alarms_come_from_what_is_declared_and_what_is_known(tmp_path: Path) -> 
     assert {what for _, what, _ in backup.alarming(places)} == {"overdue", "not verified"}
 
 
-def test_when_each_volume_was_verified_is_told_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_each_volume_was_backed_up_and_verified_is_told_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = Places(tmp_path)
     declared(places)
     words = argparse.ArgumentParser()
     backup.add_arguments(words)
-    for expected in (None, NOW):
-        assert backup.run(words.parse_args(["--verified"]), places) == 0
-        assert json.loads(capsys.readouterr().out) == {"v": expected}
+    for success, verified in ((None, None), (NOW - 5, NOW)):
+        assert backup.run(words.parse_args(["--last"]), places) == 0
+        assert json.loads(capsys.readouterr().out) == {"v": {"last_success": success, "last_verified": verified}}
         state = State(places)
-        state.of(*backup.jobs(places))["last_verified"] = NOW
+        state.of(*backup.jobs(places)).update(last_success=NOW - 5, last_verified=NOW)
         state.save([])
 
 

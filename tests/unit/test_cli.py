@@ -680,15 +680,15 @@ def test_a_host_that_does_not_answer_is_no_traceback(error: Exception, monkeypat
 
 
 def test_what_the_host_knows_of_its_backups_is_asked_and_may_be_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert answering(monkeypatch, out='{"prod-db-data": 5}\n').verified() == '{"prod-db-data": 5}'
-    assert answering(monkeypatch).verified() is None  # no agent there
-    assert answering(monkeypatch, 255, said="Connection refused").verified() is None
+    assert answering(monkeypatch, out='{"prod-db-data": {}}\n').backups() == '{"prod-db-data": {}}'
+    assert answering(monkeypatch).backups() is None  # no agent there
+    assert answering(monkeypatch, 255, said="Connection refused").backups() is None
 
     def run(*_: object, **__: object) -> None:
         raise subprocess.TimeoutExpired("ssh", 30)
 
     monkeypatch.setattr(onhost, "run", run)
-    assert Agent(None).verified() is None
+    assert Agent(None).backups() is None
 
 
 def shell(script: str, stdin: bytes | None, root: Path) -> subprocess.CompletedProcess[bytes]:

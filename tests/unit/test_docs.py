@@ -53,7 +53,7 @@ class Engine(pulumi.runtime.Mocks):
         if args.typ == "command:local:Command":
             told = {"stdout": json.dumps(SPEED) if args.name.startswith("device") else digest}
         if args.typ == "pulumi:pulumi:StackReference":
-            told = {"outputs": self.references.get(args.name.rpartition("/")[2], {}), "secretOutputNames": []}
+            told = {"outputs": self.references.get(args.inputs["name"].rpartition("/")[2], {}), "secretOutputNames": []}
         return digest, dict(args.inputs) | told
 
     def call(self, _args: pulumi.runtime.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
@@ -308,7 +308,9 @@ FACTS = HostFacts(
 )
 
 
-def outputs(stack: str, monkeypatch: pytest.MonkeyPatch, references: Mapping[str, Any] = {}) -> dict[str, Any]:
+def outputs(
+    stack: str, monkeypatch: pytest.MonkeyPatch, references: Mapping[str, Any] = {}, *, preview: bool = False
+) -> dict[str, Any]:
     """What a stack of this checkout exports, deployed to mocks."""
     exported: dict[str, Any] = {}
     known: dict[str, Any] = {}
@@ -322,6 +324,7 @@ def outputs(stack: str, monkeypatch: pytest.MonkeyPatch, references: Mapping[str
     monkeypatch.setattr(pulumi, "export", exported.__setitem__)
     monkeypatch.setattr("settings.host.facts", lambda _: FACTS)
     monkeypatch.setattr("settings.host.missing_images", lambda *_: {})
+    monkeypatch.setattr(pulumi.runtime, "is_dry_run", lambda: preview)
     run(program, stack, references)
     return known
 
@@ -336,6 +339,27 @@ def test_what_the_stacks_put_out_is_what_the_schema_says(monkeypatch: pytest.Mon
         told = outputs(environment, monkeypatch, {"host": host})
         jsonschema.validate(told, schema | {"$ref": "#/$defs/environment"})
         assert set(told["services"]) == {"api", "cache", "db", "web", "worker"}
+
+
+def test_a_deploy_puts_out_what_the_host_knows_of_backups_and_a_preview_what_is_deployed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(known: Mapping[str, Any] | None, *, preview: bool = False) -> dict[str, Any]:
+        if known is not None:
+            monkeypatch.setenv("BULKHEAD_BACKUPS", json.dumps(known))
+        references = {"host": host, "prod": {"backups": deployed}}
+        put_out = outputs("prod", monkeypatch, references, preview=preview)["backups"]
+        return {key: one["when_deployed"] for key, one in put_out.items()}
+
+    host, deployed = outputs("host", monkeypatch), {}
+    assert told(None) == {"db-data": {}, "cache-data": {}}  # nobody has asked, as at the first deploy
+    known = {"prod-db-data": {"last_success": 1000.9, "last_verified": 900}, "prod-cache-data": {"last_success": 800.0}}
+    now = {"db-data": {"last_success": 1000, "last_verified": 900}, "cache-data": {"last_success": 800}}
+    assert told(known) == now
+    assert told(known, preview=True) == {"db-data": {}, "cache-data": {}}
+    deployed = {key: {"when_deployed": at} for key, at in now.items()}
+    assert told({}, preview=True) == now
+    assert told({}) == now  # the host could not be asked
 
 
 # --- Every page: commands and files exist --------------------------------------------------------------------
