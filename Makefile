@@ -104,13 +104,14 @@ diagram: ## A picture of the deployed environments, networks and budgets: make d
 	@$(SETUP) diagram
 	@$(CLI) diagram $(ARGS)
 
-test: lint test-engine ## All tests: unit, policies and end to end on the real engine
+test: lint test-engine ## All tests: unit, policies, end to end on the real engine and on a virtual server
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "not vm and not interference and not slow" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m tests.vm
+	@$(PYTHON) -m pytest tests -m "not interference and not slow" --numprocesses=2 --dist=loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: ## What make test leaves out: a virtual machine, the benchmarks, the loss of a whole host
+test-slow: ## What make test leaves out: the benchmarks, the loss of a whole host, what dev reaches of the world
 	@$(SETUP) test
-	@$(PYTHON) -m pytest tests -m "vm or interference or slow" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "interference or slow" $(ARGS)
 
 test-engine: ## Vet and test the Go parts of the engine
 	@$(SETUP) test

@@ -26,6 +26,11 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typ
         return E2E if module.startswith(E2E) and not module.endswith(APART) else module
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The virtual server first, beside deployments that nothing measures: it takes what CPU they leave."""
+    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     """What shares the tests out."""

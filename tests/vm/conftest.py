@@ -1,4 +1,4 @@
-"""The server for a whole run of tests: booted once, prepared with `make bootstrap`, deployed to from a copy of this
+"""The server for all tests of this folder: booted once, prepared with `make bootstrap`, deployed to from a copy of this
 checkout over ssh. It goes with everything on it, so nothing has to be taken down."""
 
 import hashlib
@@ -47,7 +47,7 @@ OVERLAYS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def say(request: pytest.FixtureRequest) -> Say:
     """Progress, past pytest's capturing: booting takes a minute."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -59,10 +59,14 @@ def say(request: pytest.FixtureRequest) -> Say:
     return said
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project that is deployed to the server."""
+    return written(tmp_path_factory.mktemp("bulkhead"))
+
+
+def written(folder: Path) -> Path:
     """A copy of this checkout with the two environments of the example, for a machine that is slow."""
-    folder = tmp_path_factory.mktemp("bulkhead")
     copied(folder)
     (folder / "vm.yaml").write_text(yaml.safe_dump({"services": SMALLER}))
     for name, services in OVERLAYS.items():
@@ -73,7 +77,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+def disk(project: Path, say: Say) -> image.Image:
+    """What the server is booted from: Debian, with all images that the environments need on its engine."""
+    return with_images(image.ensure(say), images(project, say), say)
+
+
 def images(project: Path, say: Say) -> Path:
     """A tar of all images that the environments need, as `docker save` writes it: built here, by this engine."""
     wanted = dict(built(project))
@@ -120,16 +128,16 @@ def docker(*arguments: str, check: bool = True) -> int:
     return done.returncode
 
 
-@pytest.fixture(scope="session")
-def server(images: Path, say: Say) -> Iterator[Server]:
+@pytest.fixture(scope="package")
+def server(project: Path, say: Say) -> Iterator[Server]:
     """The booted server, with the images on it, as its provider hands it over: root, and nobody else."""
-    disk = with_images(image.ensure(say), images, say)
     # Not pytest's folder: the names of sockets may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="bulkhead-vm-") as folder, running(Path(folder), disk, say) as up:
+    image_ = disk(project, say)
+    with tempfile.TemporaryDirectory(prefix="bulkhead-vm-") as folder, running(Path(folder), image_, say) as up:
         yield up
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bootstrapped(server: Server, project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Deployment, str]:
     """The copy, ready to deploy to the server as a user who is not root, and what `make bootstrap` said."""
     made = Deployment(project, tmp_path_factory.mktemp("state"), seconds=1800)
@@ -139,14 +147,14 @@ def bootstrapped(server: Server, project: Path, tmp_path_factory: pytest.TempPat
     return made, made.done("bootstrap", HOST=server.url("root"), KEY=str(server.key))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def up(bootstrapped: tuple[Deployment, str], say: Say) -> tuple[Deployment, str]:
     """Host, prod and dev on the server, and what `make up` said."""
     say("virtual machine: make up (some minutes)")
     return bootstrapped[0], bootstrapped[0].done("up")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deployed(up: tuple[Deployment, str]) -> Deployment:
     """Host, prod and dev on the server."""
     return up[0]

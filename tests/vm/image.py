@@ -135,7 +135,7 @@ def make(folder: Path, recipe: list[str], say: Say) -> None:
     if os.geteuid() != 0:
         raise setup.SetupError(
             "Making the disk of a virtual machine needs root, since its files belong to several users. "
-            "Next step: make test-slow as root, once; the disk is kept."
+            "Next step: make test as root, once; the disk is kept."
         )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="server-making-") as temporary:

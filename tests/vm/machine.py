@@ -110,8 +110,8 @@ class Server:
         """Starts the machine, and waits until ssh and the engine answer."""
         self._prepare()
         self._say(f"virtual machine: booting (console: {self.console})")
-        # It goes with us, however we end.
-        qemu = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._options()]
+        # It goes with us, however we end, and takes the CPU that the tests beside it leave.
+        qemu = ["nice", "-n", "19", "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._options()]
         with (self.folder / "qemu.log").open("wb") as log:
             self._qemu = subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._wait(previous="")

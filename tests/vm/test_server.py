@@ -308,6 +308,7 @@ def proved(server: Server) -> Mapping[tuple[str, str], bool]:
     return found
 
 
+@pytest.mark.slow  # three proofs of all paths: an emulated CPU takes two minutes for each
 def test_dev_reaches_of_the_world_what_the_ledger_opens(server: Server, rebooted: Mapping[str, str]) -> None:
     server.run(WORLD)
     front, back = f"{DEV}-frontend", f"{DEV}-backend"
