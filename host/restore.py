@@ -679,18 +679,26 @@ def put_right(places: Places) -> bool:
 
 
 def swept(every: Sequence[Job]) -> None:
-    """Removes what a run that was killed has left: containers, volumes of drills, folders. Nothing else runs now."""
+    """Removes what a run that was killed has left: containers, passing volumes, folders. Nothing else runs now."""
     with suppress(Undecided):  # the engine; whoever needs it says so
         for one in ask(["docker", "ps", "--all", "--quiet", f"--filter=label={LABEL}"], START_ENGINE).split():
             ask(["docker", "rm", "--force", "--volumes", one], START_ENGINE)
         for name in ask(["docker", "volume", "ls", "--quiet", f"--filter=label={LABEL}"], START_ENGINE).split():
-            if DRILL.search(name):
+            if PASSING.search(name):
                 ask(["docker", "volume", "rm", "--force", name], START_ENGINE)
     for folder in (found for job in every for left in LEFT for found in job.folder.glob(left)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-DRILL = re.compile(r"-drill-\d{8}-\d{6}-\d+$")
+PASSING = re.compile(r"-(drill|unmasked)-\d{8}-\d{6}-\d+$")
+
+
+def passing(job: Job, what: str) -> str:
+    """Names a volume that goes before its run ends, or with the next one (`swept`). It is not called as a volume of
+    any other environment than its data's: that one could name it as its own."""
+    return f"{job.volume}-{what}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
 LEFT = ("unpack-*", "restore-*")
 
 
@@ -752,14 +760,15 @@ LOGINS = "select rolname from pg_authid where rolcanlogin and rolpassword is not
 def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
     """The newest backup of `job` in a fresh volume, masked, with the passwords of `to`: ready to be that one's data.
 
-    BackupError, and no volume, where the mask fails: it goes in one transaction for each database.
+    BackupError, and no volume, where the mask fails: it goes in one transaction for each database. Until it is masked
+    it is in a passing volume of `job`'s environment.
     """
     if job.engine != "postgres":
         raise BackupError(f"{job.key} is backed up by {job.engine}, and masks are SQL: only postgres can be refreshed")
     container = to.container()
     server = engines.Postgres.of(container, to.volume, to.declared.get("user"), to.places)
     passwords = dict(line.split("|", 1) for line in server.query(ROLES).splitlines())
-    volume = f"{to.volume}-refresh-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    volume = passing(job, "unmasked")
     done = restored(job, source(job, ""), "latest", volume, say)
     done.phases.begin("mask")
     facts = done.snapshot.facts
@@ -784,10 +793,11 @@ def refreshed(job: Job, to: Job, mask: str, say: Say) -> Restored:
             logs = query("show log_directory")
             query("checkpoint", seconds=RECOVERY_SECONDS)
         forgotten(job, done.snapshot, volume, logs)
-    except BaseException:
+        with volume_made(f"{to.volume}-refresh-{datetime.now(UTC):%Y%m%d-%H%M%S}", job) as fresh:
+            folder.rename(mountpoint(fresh))
+    finally:
         ask(["docker", "volume", "rm", "--force", volume], START_ENGINE)
-        raise
-    return Restored(to, volume, done.snapshot, time.time(), done.phases, done.found)
+    return Restored(to, fresh, done.snapshot, time.time(), done.phases, done.found)
 
 
 LARGEST = "select coalesce(max(pg_total_relation_size(oid)), 0) from pg_class where relkind in ('r', 'm')"
@@ -858,7 +868,7 @@ def drilled(job: Job, state: State, say: Say) -> bool:
         for target, repository in job.repositories.items():
             say(f"{job.key}: restoring the newest backup from {target}")
             started_at = time.time()
-            name = f"{job.volume}-drill-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+            name = passing(job, "drill")
             with wal_meanwhile(job.places):
                 done = restored(job, repository, "latest", name, say)
             ask(["docker", "volume", "rm", name], START_ENGINE)

@@ -14,7 +14,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from pydantic import ValidationError
@@ -1292,11 +1293,32 @@ def test_a_base_backup_that_nobody_takes_ends(tmp_path: Path, monkeypatch: pytes
     assert "not unpacked within 0.2 s" in str(found)
 
 
+def test_what_is_not_masked_yet_is_in_a_volume_that_only_its_own_environment_could_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names: list[str] = []
+
+    def restored(_job: Job, _repository: object, _at: str, volume: str, _say: object) -> NoReturn:
+        names.append(volume)
+        raise BackupError("no further")
+
+    monkeypatch.setattr(Job, "container", lambda _: None)
+    monkeypatch.setattr(engines.Postgres, "of", lambda *_: SimpleNamespace(query=lambda _: ""))
+    monkeypatch.setattr(restore, "source", lambda *_: None)
+    monkeypatch.setattr(restore, "restored", restored)
+    with pytest.raises(BackupError, match="no further"):
+        restore.refreshed(job(), job(volume="dev-db-data"), "select 1", print)
+    (name,) = names
+    assert name.startswith("prod-db-data-unmasked-")
+    assert restore.PASSING.search(name)
+
+
 def test_what_a_killed_run_left_is_removed_and_what_somebody_keeps_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_swept: Callable[[Sequence[Job]], None]
 ) -> None:
     asked: list[str] = []
-    volumes = ["prod-db-data-drill-20260102-030405-77", "prod-db-data-restore-20260102-030405", "made-by-hand"]
+    gone = ["prod-db-data-drill-20260102-030405-77", "prod-db-data-unmasked-20260102-030405-77"]
+    volumes = [*gone, "prod-db-data-restore-20260102-030405", "dev-db-data-refresh-20260102-030405", "made-by-hand"]
 
     def ask(command: Sequence[str], *_: object) -> str:
         asked.append(" ".join(command))
@@ -1310,7 +1332,7 @@ def test_what_a_killed_run_left_is_removed_and_what_somebody_keeps_is_not(
     assert [path.name for path in one.folder.iterdir()] == ["wal"]
     assert [words for words in asked if " rm " in words] == [
         "docker rm --force --volumes 4f3a",
-        f"docker volume rm --force {volumes[0]}",
+        *(f"docker volume rm --force {name}" for name in gone),
     ]
     assert all("bulkhead.restore" in words for words in asked if " ps " in words or " ls " in words)
 
