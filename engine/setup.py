@@ -247,7 +247,8 @@ def _pulumi_stamp(machine: Machine) -> tuple[Path, str]:
         for pattern in ("*.py", "**/go.mod", "**/go.sum", "**/*.go")
         for file in (machine.root / "engine").glob(pattern)
     )
-    return machine.pulumi_home / "engine.stamp", stamp(sources, machine.pulumi_home)
+    # Of the place itself: copies of the checkout whose .bulkhead is a link would take turns at installing it.
+    return machine.pulumi_home / "engine.stamp", stamp(sources, machine.pulumi_home.resolve())
 
 
 def pulumi_missing(machine: Machine) -> str | None:

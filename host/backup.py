@@ -62,6 +62,8 @@ RECORDS_BYTES = 4 * 2**20
 WAL_KEPT = {"last": 3, "daily": 2}
 """Each snapshot of WAL has all that is on the host, which goes back to the base backup before the last."""
 STATES_KEPT = 10
+CLOCK_SECONDS = 60.0
+"""By which two times may be the wrong way round before the clock was set back: time servers move it a little."""
 LAST = ("last_success", "last_verified")
 """What a deploy asks of each volume."""
 RUNS = "backup.lock"
@@ -231,14 +233,21 @@ def gap(known: Mapping[str, Any]) -> str:
     return str(known["gap"]) if known.get("gap") and known["gap_at"] > (known.get("last_success") or 0) else ""
 
 
-def due_at(job: Job, known: Mapping[str, Any]) -> float:
+def noted(at: float | None, now: float) -> float:
+    """A time that was noted; 0 where there is none, or one in the future: the clock was set back since, by an hour or
+    by years, and nothing may wait for it to come there again."""
+    return float(at) if at and at <= now + CLOCK_SECONDS else 0.0
+
+
+def due_at(job: Job, known: Mapping[str, Any], now: float) -> float:
     """When a job is to run next, in seconds since 1970."""
     if known["failures"]:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (int(known["failures"]) - 1))
-        return float(known["last_attempt"]) + pause
-    if known.get("wanted") or gap(known) or not known.get("last_success"):
+        return noted(known["last_attempt"], now) + pause
+    succeeded = noted(known.get("last_success"), now)
+    if known.get("wanted") or gap(known) or not succeeded:
         return 0.0
-    after = float(known["last_success"]) + job.every
+    after = succeeded + job.every
     minutes = job.declared.get("at")
     early = zlib.crc32(job.key.encode()) / 2**32 * JITTER
     if minutes is None:
@@ -250,31 +259,32 @@ def due_at(job: Job, known: Mapping[str, Any]) -> float:
     ).timestamp()
 
 
-def drill_due_at(job: Job, known: Mapping[str, Any]) -> float:
+def drill_due_at(job: Job, known: Mapping[str, Any], now: float) -> float:
     """When a job's newest backup is to be restored next, to see that it can be."""
     if known.get("drill_error") and known.get("drill_at"):
-        return float(known["drill_at"]) + LONGEST_PAUSE
+        return noted(known["drill_at"], now) + LONGEST_PAUSE
     if known.get("last_verified"):
-        return float(known["last_verified"]) + job.drill
-    return float(known["last_success"]) + DRILL_AFTER if known.get("last_success") else float("inf")
+        return noted(known["last_verified"], now) + job.drill
+    return noted(known["last_success"], now) + DRILL_AFTER if known.get("last_success") else float("inf")
 
 
-def wal_due_at(known: Mapping[str, Any]) -> float:
-    return float(known.get("wal_at") or 0) + WAL_SECONDS
+def wal_due_at(known: Mapping[str, Any], now: float) -> float:
+    return noted(known.get("wal_at"), now) + WAL_SECONDS
 
 
 def alarms(job: Job, known: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
     """What somebody has to look at: what it is, and what is known. The clock alone judges, whatever ran or did not."""
     since = float(known.get("last_success") or job.since)
-    if since > now + 60:
-        yield "clock", f"the last backup is {since - now:.0f} s in the future: the clock was set back"
+    latest = max(since, *(float(known.get(what) or 0) for what in ("wal_at", "last_verified", "drill_at")))
+    if latest > now + CLOCK_SECONDS:
+        yield "clock", f"a backup or drill was {latest - now:.0f} s in the future: the clock was set back"
     if now - since > job.every * OVERDUE:
         yield "overdue", f"last success {ago(known.get('last_success'), now)}; wanted every {job.every:g} s"
     if known["failures"]:
         yield "failed", f"{known['failures']} times: {known.get('error')}"
     if known.get("wal_error"):
         yield "WAL failed", str(known["wal_error"])
-    if job.wal and now - float(known.get("wal_at") or job.since) > WAL_OVERDUE_SECONDS:
+    if job.wal and now - (noted(known.get("wal_at"), now) or job.since) > WAL_OVERDUE_SECONDS:
         yield "WAL overdue", f"in the targets up to {ago(known.get('wal_at'), now)}"
     if known.get("shrunk"):
         yield "shrunk", str(known["shrunk"])
@@ -411,8 +421,12 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool, 
     try:
         with wal_meanwhile(job.places):
             snapshot = saved(job, phases, hurry=hurry, rate=rate)
-        before = known.get("size")
-        shrunk = before and snapshot.size < before * (1 - float(job.declared.get("shrink", 0.5)))
+            less = shrunk(job, known.get("whole"), snapshot)
+            if not less:
+                known["whole"] = {"size": snapshot.size, "rows": snapshot.facts.get("rows")}
+                phases.begin("forget")
+                for repository in job.targets:  # without the ceiling: WAL waits for it
+                    prune(job, repository)
         known |= {
             "last_success": started,
             "failures": 0,
@@ -423,7 +437,7 @@ def back_up(job: Job, state: State, say: Callable[[str], None], *, hurry: bool, 
             "size": snapshot.size,
             "added": snapshot.added,
             "seconds": round(time.time() - started, 3),
-            "shrunk": f"from {before} to {snapshot.size} bytes since the one before" if shrunk else None,
+            "shrunk": less,
             "unpruned": unpruned(job, job.targets),
         }
         record |= {"snapshot": snapshot.id, "new": snapshot.added, "total": snapshot.size, "facts": snapshot.facts}
@@ -460,10 +474,29 @@ def saved(job: Job, phases: Phases, *, hurry: bool, rate: int) -> Snapshot:
         else:
             phases.begin("copy")
             other.copy_from(first, snapshot.id)
-    phases.begin("forget")
-    for repository in job.targets:  # without the ceiling: WAL waits for it
-        prune(job, repository)
     return snapshot
+
+
+def shrunk(job: Job, whole: Mapping[str, Any] | None, now: Snapshot) -> str | None:
+    """What a backup has much less of than the last one that had all: bytes, or rows of the tables that were counted
+    both times, since an emptied database is not smaller. Until it has it again, or somebody says that this is the data
+    (--anew), it is compared with that one, and older ones are not let go of: they are what is asked for next."""
+    if not whole:
+        return None
+    least = 1 - float(job.declared.get("shrink", 0.5))
+    counted = now.facts.get("rows") or {}
+    rows = {name: count for name, count in (whole["rows"] or {}).items() if None not in (count, counted.get(name, 0))}
+    amounts = {
+        "bytes": (whole["size"], now.size),
+        "rows": (sum(rows.values()), sum(counted.get(name, 0) for name in rows)),
+    }
+    less = [f"from {before} to {there} {what}" for what, (before, there) in amounts.items() if there < before * least]
+    if not less:
+        return None
+    return (
+        f"{', '.join(less)} since the last that had all. No backup is let go of meanwhile. "
+        f"If this is the data: make backup ENV={job.environment} ARGS=--anew"
+    )
 
 
 def prune(job: Job, repository: Repository) -> None:
@@ -533,7 +566,7 @@ def take_files(job: Job, repository: Repository, _hurry: bool, phases: Phases) -
     with engines.quiet(container, before, after):
         tags = restic.tags(job.name, "base", {"engine": "files", "at": time.time()})
         phases.begin("save")
-        return repository.save_folder(engines.mountpoint(job.volume), tags)
+        return repository.save_folder(engines.mountpoint(job.volume), tags, LIMIT_SECONDS)
 
 
 TAKE: Mapping[str, Callable[[Job, Repository, bool, Phases], Snapshot]] = {
@@ -587,7 +620,7 @@ def _archive(job: Job, state: State, started: float, say: Callable[[str], None])
     for repository in job.targets:
         if copied or repository.url in unsaved:
             facts = {"engine": "postgres", "at": started, "position": position, "history": name}
-            repository.save_folder(job.spool, restic.tags(job.name, "wal", facts))
+            repository.save_folder(job.spool, restic.tags(job.name, "wal", facts), LIMIT_SECONDS)
         waiting.remove(repository.url)
         state.note_wal(job, unsaved=waiting)
     state.note_wal(job, wal_at=started, wal_error=None, wal_seconds=round(time.time() - started, 3))
@@ -671,6 +704,7 @@ def full(spool: Path) -> bool:
 def begun_anew(job: Job, state: State) -> None:
     """Another history begins in the job's volume: its WAL fits to no backup that is there, so a new one is wanted."""
     state.of(job)["wanted"] = True
+    state.of(job).pop("whole", None)  # whoever restores an older one means it
     with alone(job.places, "restore", WAIT_SECONDS, wal_lock(job)):  # whoever has it then: this must be done
         (job.folder / "history").unlink(missing_ok=True)
         put_away(job)
@@ -763,12 +797,18 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
         for mark in (one.mark for job in wanted for one in job.targets if args.anew):
             if mark:
                 mark.unlink(missing_ok=True)
-        last = best_effort(places)
+        for job in wanted if args.anew else ():
+            state.of(job).pop("whole", None)
+        last, unnoted = best_effort(places), False
         for job in sorted(wanted, key=lambda job: job.environment in last):
-            well &= worked(job, state, args, every)
+            try:
+                well &= worked(job, state, args, every)
+            except OSError as error:  # as of a full disk: what the others need may be on another one
+                print(f"{job.key}: FAILED, and could not be noted: {error}. Next step: df", file=sys.stderr)
+                unnoted = True
     if args.json:
         print(json.dumps({job.key: state.known(job) for job in wanted}, indent=1))
-    return 0 if well else 1
+    return 2 if unnoted else 0 if well else 1
 
 
 def behind(wanted: Sequence[Job], state: State, every: Sequence[Job], places: Places) -> bool:
@@ -777,7 +817,7 @@ def behind(wanted: Sequence[Job], state: State, every: Sequence[Job], places: Pl
     for job in (one for one in wanted if one.wal and one.environment not in without):
         with alone(places, "WAL", lock=wal_lock(job)) as free:
             pass  # else somebody is at it, or at what wants the repository for itself
-        if free and wal_due_at(state.known(job)) <= now:
+        if free and wal_due_at(state.known(job), now) <= now:
             done.append(archive(job, state, print))
     state.tell(every)
     return all(done)
@@ -824,7 +864,7 @@ def stored(wanted: Sequence[Job], name: str, data: bytes, places: Places) -> int
 
 def is_due(job: Job, state: State, now: float) -> bool:
     known = state.known(job)
-    times = [due_at(job, known), drill_due_at(job, known), *([wal_due_at(known)] if job.wal else [])]
+    times = [due_at(job, known, now), drill_due_at(job, known, now), *([wal_due_at(known, now)] if job.wal else [])]
     return min(times) <= now
 
 
@@ -836,7 +876,7 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     well, now, known = True, time.time(), state.of(job)
-    if not args.due or due_at(job, state.known(job)) <= now:
+    if not args.due or due_at(job, state.known(job), now) <= now:
         rate = args.rate * 2**20 if args.rate else ceiling(job, known) if args.due else 0
         well = back_up(job, state, say, hurry=not args.due, rate=rate)
         state.save(every)
@@ -847,7 +887,7 @@ def worked(job: Job, state: State, args: argparse.Namespace, every: Sequence[Job
             known["trimmed"] = known.get("snapshot")
         well &= archived
         state.save(every)
-    if args.due and drill_due_at(job, known) <= now:
+    if args.due and drill_due_at(job, known, now) <= now:
         well &= restore.drilled(job, state, say)
         state.save(every)
     return well

@@ -460,6 +460,19 @@ def keys(told: str) -> dict[str, int]:
     return {name: sum(map(int, re.findall(rf"\b{name}=(\d+)", told))) for name in ("keys", "expires")}
 
 
+def lsn(written: str) -> int:
+    """A position in the WAL, `16/B374D848`, as a number."""
+    high, low = written.split("/")
+    return int(high, 16) << 32 | int(low, 16)
+
+
+def loaded(told: str) -> int | None:
+    """How many keys a Redis has read when it started, with those that had expired by then, from `INFO persistence`;
+    None before version 7."""
+    counts = re.findall(r"\brdb_last_load_keys_(?:expired|loaded):(\d+)", told)
+    return sum(map(int, counts)) if len(counts) == 2 else None
+
+
 @contextmanager
 def quiet(container: Container | None, before: str | None, after: str | None) -> Iterator[None]:
     """Runs `before` in a container, then the body, and `after` whatever happened."""

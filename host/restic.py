@@ -230,23 +230,27 @@ class Repository:
                 said = told.decode(errors="replace").strip().splitlines()[-3:]
                 raise BackupError(f"{' '.join(producer[:4])} …: {' / '.join(said) or code}")
             held.close()
-            return self._saved(restic, tags, None)
+            return self._saved(restic, tags, None, seconds)
 
-    def save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
-        """A snapshot of a folder, by its name, with its owner and mode; what has not changed is not read again."""
-        return self._again(lambda: self._save_folder(folder, tags))
+    def save_folder(self, folder: Path, tags: Sequence[str], seconds: float = 24 * 3600) -> Snapshot:
+        """A snapshot of a folder, by its name, with its owner and mode; what has not changed is not read again.
+        BackupError, as for any failure, where it takes longer than so many seconds."""
+        return self._again(lambda: self._save_folder(folder, tags, seconds))
 
-    def _save_folder(self, folder: Path, tags: Sequence[str]) -> Snapshot:
+    def _save_folder(self, folder: Path, tags: Sequence[str], seconds: float) -> Snapshot:
         command = self._backup("--ignore-inode", folder.name, tags=tags)
         with _running(command, self.environment, subprocess.DEVNULL, folder.parent) as restic:
-            return self._saved(restic, tags, folder)
+            return self._saved(restic, tags, folder, seconds)
 
     def _backup(self, *words: str, tags: Sequence[str]) -> list[str]:
         tagged = [word for tag in tags for word in ("--tag", tag)]
         return [*self._restic, "--quiet", "backup", "--json", "--host", "bulkhead", *tagged, *words]
 
-    def _saved(self, restic: "Running", tags: Sequence[str], folder: Path | None) -> Snapshot:
-        code, output, said = restic.ended()
+    def _saved(self, restic: "Running", tags: Sequence[str], folder: Path | None, seconds: float) -> Snapshot:
+        try:
+            code, output, said = restic.ended(seconds)
+        except subprocess.TimeoutExpired:
+            raise BackupError(f"restic backup: not done within {seconds:g} s in {self.url}") from None
         told = [json.loads(line) for line in output.splitlines() if line.startswith(b"{")]
         summary: dict[str, Any] = next((line for line in reversed(told) if line.get("message_type") == "summary"), {})
         if code == INCOMPLETE and summary and folder and not _missed(said, folder):
@@ -353,9 +357,9 @@ class Running(NamedTuple):
     output: IO[bytes]
     errors: IO[bytes]
 
-    def ended(self) -> tuple[int, bytes, bytes]:
-        """Waits for it: its exit code, and what it said."""
-        code = self.process.wait()
+    def ended(self, seconds: float) -> tuple[int, bytes, bytes]:
+        """Waits for it: its exit code, and what it said. subprocess.TimeoutExpired where it takes longer."""
+        code = self.process.wait(seconds)
         for file in (self.output, self.errors):
             file.seek(0)
         return code, self.output.read(), self.errors.read()

@@ -50,7 +50,8 @@ SLACK = 0.01
 """Part of a table's rows by which it may be smaller than at the time of its backup, and still count as restored: rows
 are deleted too while WAL is written."""
 KEYS = 0.5
-"""Part of the keys that do not expire which a restored Redis has at least."""
+"""Part of the keys which a restored Redis has read at least; where it does not tell (before 7), of those that do not
+expire which it has."""
 SOCKET = "/tmp"  # noqa: S108 - in a container of its own
 Say = Callable[[str], None]
 
@@ -65,6 +66,10 @@ class Restored:
     until: float
     phases: Phases
     found: dict[str, Any] = field(default_factory=dict)
+
+
+class TooEarly(BackupError):
+    """The time that was asked for is inside of the base backup, which is consistent only from its end on."""
 
 
 def chosen(job: Job, repository: Repository, at: str) -> tuple[Snapshot, float | None]:
@@ -99,8 +104,8 @@ def wal_for(job: Job, repository: Repository, base: Snapshot, until: float | Non
     """The snapshot of a base backup's WAL that goes up to a time; the newest where none is asked for. BackupError."""
     every = repository.snapshots(f"job:{job.name}", "kind:wal")
     found = [one for one in every if one.facts.get("history") == base.facts.get("history")]
-    if until is None:
-        return found[-1] if found else None
+    if until is None:  # not by time: the clock may have been set back
+        return max(found, key=lambda one: engines.lsn(one.facts["position"]), default=None)
     if reaching := [one for one in found if one.facts["at"] >= until]:
         return reaching[0]
     goes = f"goes up to {local(found[-1].facts['at'])}" if found else "has not come yet"
@@ -214,7 +219,7 @@ def unpack(job: Job, repository: Repository, snapshot: Snapshot, size: int, volu
         command = in_volume(job, snapshot, volume, UNPACK, options=(f"--volume={folder}:/from:ro",))
         with progress(mountpoint(volume), size, say), started(command) as container:
             with taken(pipe, container) as sink:
-                error = dumped(repository, snapshot, sink)
+                error = dumped(repository, snapshot, "/base.tar", sink)
             if error and CLOSED not in str(error):
                 raise error
             code = ask(["docker", "wait", container.id], START_ENGINE, seconds=RECOVERY_SECONDS).strip()
@@ -228,12 +233,12 @@ CLOSED = "broken pipe"
 """What restic says where the other end of the pipe has ended, which says why itself."""
 
 
-def dumped(repository: Repository, snapshot: Snapshot, sink: int) -> BackupError | None:
-    """Writes a base backup into a pipe; what went wrong."""
+def dumped(repository: Repository, snapshot: Snapshot, file: str, sink: int) -> BackupError | None:
+    """Writes a snapshot's file into a pipe or another file; what went wrong."""
     try:
-        repository.dump_into(sink, snapshot.id, "/base.tar", UNPACK_SECONDS)
+        repository.dump_into(sink, snapshot.id, file, UNPACK_SECONDS)
     except subprocess.TimeoutExpired:
-        return BackupError(f"the base backup is not unpacked within {UNPACK_SECONDS:g} s")
+        return BackupError(f"{file} of {snapshot.id[:8]} is not unpacked within {UNPACK_SECONDS:g} s")
     except BackupError as error:
         return error
     return None
@@ -280,6 +285,8 @@ def progress(folder: Path, size: int, say: Say) -> Iterator[None]:
 
 NOT_REACHED = "recovery ended before configured recovery target was reached"
 """What PostgreSQL 13 and later end with where no commit in the WAL is later than the target's time."""
+TOO_EARLY = "requested recovery stop point is before consistent recovery point"
+"""What a server ends with where the target's time is inside of the base backup, which took hours, perhaps."""
 RESTORE_COMMAND = 'cp "/wal/%f" "%p" 2>/dev/null || cp "/wal/%f.partial" "%p"'
 
 
@@ -323,6 +330,11 @@ def restore_postgres(
         try:
             found = replayed(**target)
         except BackupError as error:
+            if TOO_EARLY in str(error):
+                raise TooEarly(
+                    f"{job.key}: at {local(until or 0)} the base backup {snapshot.id[:8]} still went on, and there "
+                    "is none before it that WAL goes on from. Next step: a later time"
+                ) from None
             if "recovery_target_time" not in target or NOT_REACHED not in str(error):
                 raise
             # The WAL goes beyond that time, so nothing was committed after it: all of the WAL is what was asked for.
@@ -518,7 +530,8 @@ def restore_redis(
     dump = folder / settings["dbfilename"]
     phases.begin("unpack")
     with dump.open("wb") as file:
-        repository.dump_into(file, snapshot.id, "/dump.rdb")
+        if error := dumped(repository, snapshot, "/dump.rdb", file.fileno()):
+            raise error
     for path in (mountpoint(volume), folder, *folder.rglob("*")):
         os.chown(path, *owner)
     phases.begin("load")
@@ -534,15 +547,17 @@ def restore_redis(
             return container.said("redis-cli", "-s", f"{SOCKET}/redis", *words)
 
         until_told(container, lambda: "loading:0" in asked_("info", "persistence"))
-        told = asked_("info", "keyspace")
+        loaded, told = asked_("info", "persistence"), asked_("info", "keyspace")
         if settings["appendonly"] == "yes":
             asked_("config", "set", "appendonly", "yes")
             until_told(container, lambda: WRITTEN.issubset(asked_("info", "persistence").splitlines()))
         asked_("save")  # what `redis-cli --rdb` wrote ends with the mark of its stream
     found: dict[str, Any] = {**engines.keys(told), "problems": []}
     # They were counted just before, and what expires may have done so since: a busy server is never exactly so.
-    if found["keys"] < (facts["keys"] - facts["expires"]) * KEYS:
-        found["problems"].append(f"{found['keys']} keys, {facts['keys']} at the time of the backup")
+    read = engines.loaded(loaded)
+    there, wanted = (found["keys"], facts["keys"] - facts["expires"]) if read is None else (read, facts["keys"])
+    if there < wanted * KEYS:
+        found["problems"].append(f"{there} keys, {facts['keys']} at the time of the backup")
     say(f"{job.key}: {found['keys']} keys")
     return Restored(job, volume, snapshot, facts["at"], phases, found)
 
@@ -567,7 +582,12 @@ def restore_files(
         user = like.inspected["Config"].get("User") or "0:0"
         options = ("--rm", f"--volume={volume}:{mount}:ro")
         command = throwaway(job, like, "-c", check, user=user, entry="sh", options=options)
-        done = subprocess.run(["docker", "run", *command], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                ["docker", "run", *command], capture_output=True, text=True, timeout=RECOVERY_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise BackupError(f"{job.key}: the command of verify did not end in {RECOVERY_SECONDS:g} s") from None
         if done.returncode:
             found["problems"].append(
                 f"the command of verify ended with {done.returncode}: {done.stderr.strip()[-200:]}"
@@ -584,8 +604,27 @@ RESTORE: Mapping[str, Callable[[Job, Repository, Snapshot, float | None, str, Ph
 
 def restored(job: Job, repository: Repository, at: str, volume: str, say: Say) -> Restored:
     """A backup in a fresh volume, checked. BackupError, and no volume, where anything is wrong with it."""
-    phases = Phases("prepare")
     snapshot, until = chosen(job, repository, at)
+    while True:
+        try:
+            return _restored(job, repository, snapshot, until, volume, say)
+        except TooEarly:
+            before = [
+                one
+                for one in repository.snapshots(f"job:{job.name}", "kind:base")
+                if one.at < snapshot.at and one.facts.get("history") == snapshot.facts.get("history")
+            ]
+            if not before:
+                raise
+            say(f"{job.key}: the base backup {snapshot.id[:8]} still went on then: from the one before")
+            snapshot = before[-1]
+
+
+def _restored(
+    job: Job, repository: Repository, snapshot: Snapshot, until: float | None, volume: str, say: Say
+) -> Restored:
+    """The same, from this snapshot. TooEarly where its base backup had not ended then."""
+    phases = Phases("prepare")
     with volume_made(volume, job):
         done = RESTORE[job.engine](job, repository, snapshot, until, volume, phases, say)
         problems = [*done.found["problems"], *([done.found["behind"]] if "behind" in done.found and not until else [])]
@@ -871,7 +910,11 @@ def drilled(job: Job, state: State, say: Say) -> bool:
             name = passing(job, "drill")
             with wal_meanwhile(job.places):
                 done = restored(job, repository, "latest", name, say)
-            ask(["docker", "volume", "rm", name], START_ENGINE)
+                ask(["docker", "volume", "rm", name], START_ENGINE)
+                if "fewer" in done.found:
+                    # Deleted since, as WAL tells, or never saved: as it was then it has them, or this is an error.
+                    restored(job, repository, done.snapshot.id, name, say)
+                    ask(["docker", "volume", "rm", name], START_ENGINE)
             done.phases.begin("check")
             record[target] = {
                 "snapshot": done.snapshot.id,

@@ -134,16 +134,17 @@ def told_of(jobs: Mapping[str, BackupJob]) -> pulumi.Input[dict[str, Any]]:
     if not jobs:
         return {}
     known = {} if pulumi.runtime.is_dry_run() else last_known(os.environ.get(LAST_KNOWN, ""))
-    deployed = pulumi.StackReference("deployed", stack_name=stack_of(pulumi.get_stack())).outputs
+    deployed = pulumi.StackReference("deployed", stack_name=stack_of(pulumi.get_stack()))
 
     def told(before: Mapping[str, Any] | None) -> dict[str, Any]:
-        backups = (before or {}).get("backups") or {}
+        backups = before or {}
         return {
             key: {**job.told, "when_deployed": when_deployed(known.get(job.told["volume"]), backups.get(key) or {})}
             for key, job in jobs.items()
         }
 
-    return deployed.apply(told)
+    # By its name: all outputs together are a secret, since one of them is.
+    return deployed.get_output("backups").apply(told)
 
 
 def when_deployed(known: Mapping[str, float] | None, deployed: Mapping[str, Any]) -> dict[str, int]:

@@ -21,6 +21,7 @@ import pytest
 
 from host.engines import OUR_BASES, Postgres, of_service
 from host.machine import Places
+from host.restic import Repository
 from tests.e2e.conftest import DEV, PROD, Deployment
 from tests.e2e.test_deployment import eventually, healthy
 from tests.e2e.test_verify import PROGRAM, container
@@ -57,6 +58,21 @@ def sql(engine: docker.DockerClient, environment: str, text: str) -> str:
     code, output = container(engine, environment, "db").exec_run(words)
     assert code == 0, output
     return str(output.decode().strip())
+
+
+def bases(environment: str, job: str) -> list[list[str]]:
+    """The files in each base backup that is in an environment's folder, read to its end."""
+    declared = json.loads((JOBS / f"{environment}.json").read_text())
+    url = declared["jobs"][job]["targets"]["disk"]["repository"]
+    there = Repository(url, declared["password"], Path("/var/lib/bulkhead/backup/cache"))
+    script = '"$@" | tar -t -f -'
+    return [
+        subprocess.run(
+            ["bash", "-o", "pipefail", "-c", script, "sh", *there.dump(one.id, "/base.tar")],
+            env=there.environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
+        for one in there.snapshots(f"job:{job}", "kind:base")
+    ]  # fmt: skip
 
 
 def redis(engine: docker.DockerClient, environment: str, *words: str) -> str:
@@ -234,6 +250,38 @@ def test_a_snapshot_comes_back_as_it_was_and_a_second_after_which_nothing_was_wr
     sql(engine, DEV, "drop table quiet")
 
 
+def test_a_second_in_which_a_base_backup_went_on_and_clients_wrote_comes_back_from_the_one_before(
+    live: Deployment, engine: docker.DockerClient
+) -> None:
+    """A base backup of a large database takes hours, and is of use only from its end on."""
+    sql(engine, DEV, ORDERS)
+    live.done("backup", DEV, SERVICE="db")
+    under_way = f"select count(*) {OUR_BASES}"
+    with nothing_else_runs():
+        slow = subprocess.Popen([sys.executable, PROGRAM, *f"backup --environment {DEV} --job db --rate 2".split()])
+        try:
+            assert eventually(lambda: sql(engine, DEV, under_way) == "1", seconds=60)
+            sql(engine, DEV, "call write_orders(3)")
+            chosen = time.time()
+            sql(engine, DEV, "call write_orders(3)")
+            assert sql(engine, DEV, under_way) == "1"
+            assert slow.wait(300) == 0
+        finally:
+            slow.kill()
+            slow.wait()
+    moments = sql(engine, DEV, "select extract(epoch from at) from written").splitlines()
+    least = sum(float(moment) <= chosen for moment in moments) - 1
+    at, made = datetime.fromtimestamp(chosen, UTC).isoformat(), f"{DEV}-made-by-hand"
+    said = live.done("restore", DEV, SERVICE="db", AT=at, TO=made)
+    engine.volumes.get(made).remove()
+    assert "still went on then: from the one before" in said
+    rows = re.search(r'"shop.public.written": (\d+)', said)
+    assert rows
+    # Between two rows nobody can tell when the first one was committed.
+    assert least <= int(rows[1]) <= least + 1
+    assert least > 40
+
+
 def test_redis_comes_back_with_every_key_also_where_it_appends(live: Deployment, engine: docker.DockerClient) -> None:
     redis(engine, DEV, "set", "cart:e2e:100", "value")
     redis(engine, DEV, "eval", "for i=1,500 do redis.call('set', 'many:'..i, i) end return 1", "0")
@@ -403,6 +451,9 @@ def test_a_run_that_is_killed_leaves_no_half_backup_and_the_next_one_succeeds(
             after = live.done("backup", DEV, args="--list")
             new = set(after.splitlines()) - set(before.splitlines())
             assert all("base" in line or "wal" in line for line in new)
+        for names in bases(DEV, "db-data"):  # WAL is what comes last, so one with it is whole
+            assert "global/pg_control" in names
+            assert [name for name in names if name.startswith("pg_wal/0")]
         live.done("backup", DEV, SERVICE="db")
         live.done("drill", DEV, SERVICE="db")
 

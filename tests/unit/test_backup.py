@@ -2,6 +2,7 @@
 That data comes back is shown on a deployment (tests/e2e/test_backup.py)."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -53,30 +54,30 @@ def fine(**known: Any) -> dict[str, Any]:
 
 
 def test_a_job_that_never_ran_is_due_at_once() -> None:
-    assert backup.due_at(job(), {"failures": 0}) == 0
+    assert backup.due_at(job(), {"failures": 0}, NOW) == 0
 
 
 def test_a_job_is_due_a_period_after_the_last_a_little_early_and_always_by_the_same() -> None:
-    due = backup.due_at(job(), fine())
+    due = backup.due_at(job(), fine(), NOW)
     assert NOW - 3600 + 0.9 * DAY <= due <= NOW - 3600 + DAY
-    assert due == backup.due_at(job(), fine())
+    assert due == backup.due_at(job(), fine(), NOW)
 
 
 @pytest.mark.parametrize("hour", [0, 3, 12, 23])
 def test_a_time_of_the_day_is_kept_whatever_the_last_run_took(hour: int) -> None:
     daily = job(at=hour * 60 + 30)
-    due = datetime.fromtimestamp(backup.due_at(daily, fine()))
+    due = datetime.fromtimestamp(backup.due_at(daily, fine(), NOW))
     assert (due.hour, due.minute) == (hour, 30)
     assert 0.5 * DAY <= due.timestamp() - (NOW - 3600) <= 1.5 * DAY
 
 
 @pytest.mark.parametrize(("failures", "pause"), [(1, 60), (2, 120), (5, 960), (50, 3600)])
 def test_a_job_that_failed_is_tried_again_with_growing_pauses(failures: int, pause: float) -> None:
-    assert backup.due_at(job(), fine(failures=failures, last_attempt=NOW)) == NOW + pause
+    assert backup.due_at(job(), fine(failures=failures, last_attempt=NOW), NOW) == NOW + pause
 
 
 def test_a_gap_makes_a_new_backup_due_at_once() -> None:
-    assert backup.due_at(job(), fine(wanted=True)) == 0
+    assert backup.due_at(job(), fine(wanted=True), NOW) == 0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_gap_makes_a_new_backup_due_at_once() -> None:
     ids=["nothing to restore", "an hour after the first", "a week after the last", "an hour after one that failed"],
 )
 def test_when_a_job_is_drilled(known: Mapping[str, Any], due: float) -> None:
-    assert backup.drill_due_at(job(), known) == due
+    assert backup.drill_due_at(job(), known, NOW) == due
 
 
 # --- alarms
@@ -117,11 +118,68 @@ def test_a_job_that_runs_and_is_verified_alarms_nobody() -> None:
         ({"last_verified": NOW - 8.1 * DAY}, "not verified"),
         ({"drill_error": "lost a table"}, "drill failed"),
         ({"last_success": NOW + 3600}, "clock"),
+        ({"last_verified": NOW + 3600}, "clock"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_somebody_has_to_look_at(known: dict[str, Any], alarm: str) -> None:
     assert alarms(job(), fine(**known)) == {alarm}
+
+
+def test_what_was_noted_before_the_clock_was_set_back_keeps_nothing_from_running_and_is_told() -> None:
+    """By an hour or by years: else nothing would be backed up until it is that time again."""
+    for ahead in (3600.0, 1000 * DAY):
+        noted = fine(**dict.fromkeys(("last_success", "wal_at", "last_verified"), NOW + ahead))
+        assert backup.due_at(job(), noted, NOW) <= NOW
+        assert backup.wal_due_at(noted, NOW) <= NOW
+        assert backup.drill_due_at(job(), noted, NOW) <= NOW
+        assert backup.due_at(job(), fine(failures=1, last_attempt=NOW + ahead), NOW) <= NOW
+        assert alarms(job(), noted) == {"clock", "WAL overdue"}
+    moved = fine(last_success=NOW + 5, wal_at=NOW + 5)  # as a time server does
+    assert backup.due_at(job(), moved, NOW) > NOW
+    assert backup.wal_due_at(moved, NOW) > NOW
+    assert alarms(job(), moved) == set()
+
+
+def test_a_database_that_was_emptied_alarms_until_its_rows_are_back_or_somebody_says_that_this_is_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are as large as before. Meanwhile no older backup is let go of."""
+    pruned: list[float] = []
+    amounts: list[tuple[int, dict[str, int | None]]] = []
+
+    def take(*_: object) -> Snapshot:
+        size, rows = amounts[0]
+        return replace(snapshot("a", NOW), size=size, facts={"rows": rows})
+
+    places = Places(tmp_path)
+    one = replace(job(places, retain={}), repositories={"disk": repository()})
+    monkeypatch.setitem(backup.TAKE, "postgres", take)
+    monkeypatch.setattr(backup, "prune", lambda *_: pruned.append(NOW))
+    monkeypatch.setattr(backup, "wal_meanwhile", lambda _: nullcontext())
+    state = State(places)
+
+    def shrunk(size: int, **rows: int | None) -> str | None:
+        amounts[:] = [(size, rows)]
+        pruned.clear()
+        assert backup.back_up(one, state, print, hurry=False)
+        told = state.known(one)["shrunk"]
+        assert bool(told) != bool(pruned)
+        return None if told is None else str(told)
+
+    assert shrunk(1000, orders=90, jobs=10, large=None) is None
+    assert shrunk(1000, orders=89, jobs=0, large=7) is None  # a queue is empty now and then
+    emptied = shrunk(1000, orders=0, jobs=9, large=7)
+    assert emptied is not None
+    assert emptied.startswith("from 96 to 16 rows since")
+    assert "make backup ENV=prod ARGS=--anew" in emptied
+    assert shrunk(1000, orders=0, jobs=9, large=7) is not None  # also when it was so the day before
+    assert shrunk(1000, jobs=9, large=7) is not None  # a table that is gone has no rows
+    assert shrunk(1000, orders=80, jobs=9, large=None) is None
+    assert "from 1000 to 499 bytes" in str(shrunk(499, orders=80, jobs=9))
+    assert shrunk(1000, orders=None, jobs=9) is None  # what could not be counted is no loss
+    backup.begun_anew(one, state)  # restored, on purpose
+    assert shrunk(10, orders=1) is None
 
 
 def test_a_job_that_was_never_scheduled_is_overdue_and_not_verified_in_time() -> None:
@@ -274,6 +332,29 @@ def test_a_drill_is_recorded_with_its_phases_the_check_of_the_repository_among_t
     assert set(record["disk"]["phases"]) == {"stop", "check"}
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_drill_that_finds_fewer_rows_sees_whether_they_were_deleted_since_or_never_saved(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, asked = Places(tmp_path), []
+    one = replace(job(places), repositories={"disk": repository()})
+    done = restore.Restored(one, "v", snapshot("a", NOW), NOW, Phases("stop"), {"fewer": ["table orders: 0 rows"]})
+
+    def restored(_job: Job, _repository: object, at: str, *_: object) -> restore.Restored:
+        asked.append(at)
+        if at != "latest" and not saved:
+            raise BackupError("restored, and not as it was: table orders: 0 rows")
+        return done
+
+    monkeypatch.setattr(restore, "restored", restored)
+    monkeypatch.setattr(restore, "ask", lambda *_: "")
+    monkeypatch.setattr(Repository, "call", lambda *_, **__: "")
+    state = State(places)
+    assert restore.drilled(one, state, print) is saved
+    assert asked == ["latest", done.snapshot.id]
+    assert bool(state.of(one).get("drill_error")) is not saved
+
+
 def test_a_job_is_called_by_its_volume_or_its_service_and_another_name_is_an_error(tmp_path: Path) -> None:
     places = Places(tmp_path)
     declared(places)
@@ -281,6 +362,28 @@ def test_a_job_is_called_by_its_volume_or_its_service_and_another_name_is_an_err
         assert [one.name for one in backup.jobs(places, ["dev"], [name])] == ["data"]
     with pytest.raises(BackupError, match="dev/data"):
         backup.jobs(places, ["dev"], ["other"])
+
+
+def test_a_job_that_cannot_even_be_noted_does_not_keep_the_others_from_being_backed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when the state's disk is full: the exit code is one that the unit does not take for a run that was told of."""
+    places, done = Places(tmp_path), []
+    declared(places)
+    (places.declared / "backup/prod.json").write_text((places.declared / "backup/dev.json").read_text())
+
+    def worked(job: Job, *_: object) -> bool:
+        done.append(job.environment)
+        if job.environment == "dev":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return True
+
+    monkeypatch.setattr(backup, "worked", worked)
+    asked = argparse.ArgumentParser()
+    backup.add_arguments(asked)
+    assert backup.run(asked.parse_args([]), places) == 2
+    assert sorted(done) == ["dev", "prod"]
+    assert "dev/data: FAILED, and could not be noted" in capsys.readouterr().err
 
 
 def test_the_second_run_is_told_who_is_at_it(tmp_path: Path) -> None:
@@ -546,6 +649,12 @@ def test_redis_keys_are_those_of_all_databases() -> None:
     assert engines.keys("# Keyspace\r\n") == {"keys": 0, "expires": 0}
 
 
+def test_what_a_redis_has_read_is_counted_with_what_had_expired_by_then_where_it_tells() -> None:
+    told = "loading:0\r\nrdb_last_load_keys_expired:5\r\nrdb_last_load_keys_loaded:12\r\naof_enabled:0\r\n"
+    assert engines.loaded(told) == 17
+    assert engines.loaded("loading:0\r\n") is None  # before version 7
+
+
 def counts(told: str, error: str = "", code: int = 0) -> tuple[list[str], Callable[[], dict[str, int | None]]]:
     """A server with two databases, of which one has tables: the scripts that it gets, and what counts its rows."""
     scripts: list[str] = []
@@ -664,7 +773,7 @@ class Taken(Repository):
     away: bool
     times: int
 
-    def save_folder(self, _folder: Path, _tags: Sequence[str]) -> Snapshot:
+    def save_folder(self, _folder: Path, _tags: Sequence[str], _seconds: float = 0) -> Snapshot:
         if self.away:
             raise BackupError("the target does not answer")
         object.__setattr__(self, "times", self.times + 1)
@@ -804,7 +913,9 @@ def test_another_cluster_in_the_volume_is_another_history(
     server.identity, server.new = "2", 1
     assert archive(taken("here"))
     assert "another cluster" in backup.gap(known(tmp_path))
-    assert backup.due_at(job(), known(tmp_path) | {"last_success": NOW - 60}) > NOW  # a base backup later than that
+    assert (
+        backup.due_at(job(), known(tmp_path) | {"last_success": NOW - 60}, NOW) > NOW
+    )  # a base backup later than that
     assert len(list(job(Places(tmp_path)).folder.glob("wal-*"))) == 1
     assert len(list(job(Places(tmp_path)).spool.iterdir())) == 1
     backup.begun_anew(job(Places(tmp_path)), State(Places(tmp_path)))
@@ -826,7 +937,7 @@ def test_wal_that_no_target_takes_does_not_fill_the_disk(
     assert job(Places(tmp_path)).spool.exists()
     assert not archive(taken("here", away=True))
     assert not job(Places(tmp_path)).spool.exists()
-    assert (known(tmp_path)["wal_at"], backup.due_at(job(), known(tmp_path))) == (at, 0)
+    assert (known(tmp_path)["wal_at"], backup.due_at(job(), known(tmp_path), NOW)) == (at, 0)
     assert "no target has taken WAL" in known(tmp_path)["wal_error"]
 
 
@@ -1013,7 +1124,39 @@ def repository(*found: Snapshot) -> Listed:
 
 
 def snapshot(name: str, at: float, kind: str = "base") -> Snapshot:
-    return Snapshot(name * 8, datetime.fromtimestamp(at, UTC), kind, {"at": at})
+    position = {"position": f"0/{int(at):X}"} if kind == "wal" else {}
+    return Snapshot(name * 8, datetime.fromtimestamp(at, UTC), kind, {"at": at, **position})
+
+
+def test_the_newest_wal_is_what_goes_furthest_whatever_the_clock_said() -> None:
+    early, late = snapshot("e", NOW, "wal"), snapshot("f", NOW + 3600, "wal")
+    further = replace(early, facts={**early.facts, "position": "1/0"})  # saved after the clock was set back
+    assert restore.wal_for(job(), repository(further, late), snapshot("a", NOW - DAY), None) == further
+
+
+def test_a_second_inside_of_a_base_backup_is_brought_back_from_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def restore_(_job: Job, _repository: object, base: Snapshot, until: float | None, *_: object) -> restore.Restored:
+        made.append(base.id[0])
+        if base.id[0] != "a":
+            raise restore.TooEarly("it still went on")
+        return restore.Restored(job(), "v", base, until or 0, Phases("prepare"), {"problems": []})
+
+    monkeypatch.setitem(restore.RESTORE, "postgres", restore_)
+    monkeypatch.setattr(restore, "volume_made", lambda *_: nullcontext())
+
+    def of(name: str, at: float, history: str = "1") -> Snapshot:
+        return replace(snapshot(name, at), facts={"at": at, "history": history})
+
+    bases = [of("a", NOW), of("d", NOW + 50, "another cluster"), of("b", NOW + 100), of("c", NOW + 200)]
+    at = datetime.fromtimestamp(NOW + 210, UTC).isoformat()
+    assert restore.restored(job(Places(tmp_path)), repository(*bases), at, "v", print).snapshot == bases[0]
+    assert made == ["c", "b", "a"]
+    with pytest.raises(restore.TooEarly):
+        restore.restored(job(Places(tmp_path)), repository(*bases[1:]), at, "v", print)
 
 
 def test_a_time_takes_the_backup_before_it_and_wal_that_goes_beyond_it() -> None:
@@ -1288,7 +1431,7 @@ def test_one_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytes
 def test_a_base_backup_that_nobody_takes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore, "UNPACK_SECONDS", 0.2)
     monkeypatch.setattr(Repository, "dump", lambda *_: ["sleep", "60"])
-    found = restore.dumped(repository(), snapshot("a", NOW), 1)
+    found = restore.dumped(repository(), snapshot("a", NOW), "/base.tar", 1)
     assert found is not None
     assert "not unpacked within 0.2 s" in str(found)
 
@@ -1525,6 +1668,20 @@ def test_a_snapshot_with_holes_is_no_backup_and_is_never_chosen(
         one.save_folder(tmp_path, ["job:j"])
     assert f"forget {'' if append_only else '--prune '}abc" in asked.read_text()
     assert [found.id for found in one.snapshots()] == ["def"]
+
+
+def test_a_target_that_never_answers_holds_up_nobody_for_ever(
+    real: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin/restic"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\ncat >/dev/null\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    with pytest.raises(BackupError, match=r"not done within 0\.3 s"):
+        real.save_folder(tmp_path, ["job:j"], 0.3)
+    with pytest.raises(BackupError, match="not done within 1 s"):
+        real.save_stream(["printf", "all"], "base.tar", ["job:j"], 1)
 
 
 def test_a_long_stream_does_not_wait_for_somebody_to_read_what_restic_says(

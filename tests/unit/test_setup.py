@@ -447,6 +447,10 @@ def test_pulumi_is_set_up_again_if_a_source_changed_or_a_tool_is_gone(tmp_path: 
     assert setup.pulumi_missing(here)
     file.write_text(wanted)
     assert setup.pulumi_missing(here) is None
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "engine", copy / "engine")
+    (copy / ".bulkhead").symlink_to(tmp_path / ".bulkhead")
+    assert setup.pulumi_missing(at(copy)) is None
     (tmp_path / "engine" / "cli" / "go.mod").write_text("module other\n")
     assert setup.pulumi_missing(here)
 

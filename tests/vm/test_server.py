@@ -234,8 +234,13 @@ def test_after_a_reboot_in_the_middle_of_a_backup_nothing_is_half_and_the_next_o
     key = server.said(
         f'python3 -c \'import json; print(json.load(open("/etc/bulkhead/backup/{PROD}.json"))["password"])\''
     )
-    whole = f"RESTIC_PASSWORD={key} restic --quiet --repo /var/backups/bulkhead/{PROD} check --read-data"
-    server.run(whole, timeout=900)
+    restic = f"RESTIC_PASSWORD={key} restic --quiet --repo /var/backups/bulkhead/{PROD}"
+    server.run(f"{restic} check --read-data", timeout=900)
+    # WAL is what comes last in a base backup, so one with it is whole.
+    listed = json.loads(server.said(f"{restic} snapshots --json --tag job:db-data,kind:base"))
+    for one in listed:
+        server.run(f"{restic} dump {one['id']} /base.tar | tar -t -f - | grep -c ^pg_wal/0", timeout=900)
+    assert listed
 
 
 def test_after_a_reboot_the_firewall_was_in_force_before_the_engine_started(
