@@ -162,13 +162,14 @@ def inspected() -> list[dict[str, Any]]:
 def members(environment: str, parent: str, containers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The containers with an environment's label, and those in its slice (builds, or what somebody started there).
 
-    The prober's are not: it would wait for what is paused, and they go by themselves.
+    The prober's are not: it would wait for what is paused, and they go by themselves. They have no environment's label,
+    and what has one is none, whatever else it says that it is.
     """
     labels = [(one, one["Config"].get("Labels") or {}) for one in containers]
     return [
         one
         for one, known in labels
-        if (known.get(LABEL) == environment or one["HostConfig"]["CgroupParent"] == parent) and PROBE not in known
+        if known.get(LABEL) == environment or (one["HostConfig"]["CgroupParent"] == parent and PROBE not in known)
     ]
 
 
@@ -343,21 +344,28 @@ def hold(
 ) -> dict[str, Any]:
     """Pauses an environment that is over a ceiling, lets one go on that is not. Returns how it stands now.
 
-    `paused`: the containers that were paused here, and so may be unpaused here. `released_until`: seconds since 1970.
+    `paused`: the containers that were paused here, and so may be unpaused here; `started`: when each had been started.
+    `released_until`: seconds since 1970.
     """
     running = {one["Id"] for one in containers if one["State"]["Status"] == "running"}
+    started = {one["Id"]: one["State"].get("StartedAt") for one in containers}
     paused = {one["Id"] for one in containers if one["State"]["Status"] == "paused"}
     mine, until = set(before.get("paused") or ()) & paused, float(before.get("released_until") or 0)
+
+    def stands(state: str, paused: set[str], until: float) -> dict[str, Any]:
+        since = {one: started[one] for one in sorted(paused)}
+        return {"state": state, "paused": sorted(paused), "started": since, "released_until": until}
+
     if not over:
         if mine:
             _each("unpause", mine)
-        return {"state": "below", "paused": [], "released_until": 0.0}
-    if set(before.get("paused") or ()) & running:
-        until = now + GRACE_SECONDS  # somebody has let it go on
+        return stands("below", set(), 0.0)
+    known = before.get("started") or {}
+    if any(started[one] == known.get(one, started[one]) for one in set(before.get("paused") or ()) & running):
+        until = now + GRACE_SECONDS  # somebody has let it go on; after a reboot the engine has started it anew
     if deploys or now < until:
-        return {"state": "released", "paused": sorted(mine), "released_until": until}
-    stopped = _each("pause", running)
-    return {"state": "paused", "paused": sorted(mine | stopped), "released_until": 0.0}
+        return stands("released", mine, until)
+    return stands("paused", mine | _each("pause", running), 0.0)
 
 
 def _each(verb: str, identifiers: Iterable[str]) -> set[str]:

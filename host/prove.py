@@ -237,11 +237,11 @@ def listed(*words: str) -> list[str]:
 
 
 def containers(declared: Mapping[str, Any]) -> list[Container]:
-    """Every running container of the environments, but the probes."""
+    """Every running container of the environments. The probes have no environment's label."""
     found = []
     for one in inspected("container", listed("ps", "--filter", f"label={ENVIRONMENT}")):
         labels = one["Config"]["Labels"]
-        if labels.get(ENVIRONMENT) not in declared or LABEL in labels:
+        if labels.get(ENVIRONMENT) not in declared:
             continue
         attached = one["NetworkSettings"]["Networks"]
         listening = sockets(Path(f"/proc/{one['State']['Pid']}/net"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from host import backup
+from host.keep import BEST_EFFORT
 from host.machine import START_ENGINE, Places, Undecided, ask, deploying, read_json, write
 
 SECOND_LOOK_SECONDS = 2.0
@@ -28,6 +29,7 @@ PROOF_SECONDS = 15 * 60
 KEEP_SECONDS = 10 * 60
 """keep runs every minute, and may take five (its unit's limit): what is older, nobody has kept since."""
 ABSENT = "not there"
+OUTSIDER = "container that no deploy made"
 SLICE_FILE = "cgroup file"
 INSTALL_NFT = "apt-get install nftables"
 # v1 shows a memory limit that is not set as the largest whole page below 2**63.
@@ -49,7 +51,9 @@ class Difference(NamedTuple):
     @property
     def key(self) -> tuple[str, ...]:
         """What stays the same while it lasts: a state or a value may waver, an added thing is told by itself."""
-        return self if self.expected == ABSENT else self[:4]
+        if self.expected != ABSENT:
+            return self[:4]
+        return (*self[:4], self.observed.partition(", ")[2]) if self.what == OUTSIDER else self
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def containers(
             environment, how = touched
             yield Difference(
                 environment,
-                "container that no deploy made",
+                OUTSIDER,
                 named(container),
                 ABSENT,
                 f"{container['State']['Status']}, {how}",
@@ -260,6 +264,8 @@ def networks(declared: Declared, inspected: Sequence[Mapping[str, Any]]) -> Iter
                 for what, expected, observed in pairs:
                     if expected != observed:
                         yield Difference(environment, what, where, expected, observed)
+            elif declared.environments[environment].get("tier") == BEST_EFFORT:
+                yield from outside(environment, declared.environments[environment], where, there[name])
     for name, network in there.items():
         if name in ours:
             continue
@@ -274,6 +280,22 @@ def networks(declared: Declared, inspected: Sequence[Mapping[str, Any]]) -> Iter
             found.append((label, f"labelled {LABEL}={label}"))
         if found:
             yield Difference(found[0][0], "network that no deploy made", f"network {name}", ABSENT, found[0][1])
+
+
+def outside(
+    environment: str, promised: Mapping[str, Any], where: str, network: Mapping[str, Any]
+) -> Iterator[Difference]:
+    """Subnets of a network that somebody else made, beyond the environment's ranges: the firewall does not know that
+    what comes from there is the environment's."""
+    ranges = [str(promised[key]) for key in ("subnet", "subnet6") if promised.get(key)]
+    for subnet in subnets(network):
+        if ranges and not any(within(subnet, one) for one in ranges):
+            yield Difference(environment, "range of an external network", where, f"within {OR.join(ranges)}", subnet)
+
+
+def within(subnet: str, range_: str) -> bool:
+    a, b = ip_network(subnet, strict=False), ip_network(range_, strict=False)
+    return a.version == b.version and a.subnet_of(b)  # type: ignore[arg-type]
 
 
 def subnets(network: Mapping[str, Any]) -> list[str]:

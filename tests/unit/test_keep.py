@@ -165,6 +165,7 @@ class Engine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *identifiers: str) -> None:
         self.states = dict.fromkeys(identifiers, "running")
+        self.boots = 0
         monkeypatch.setattr(keep, "_each", self.each)
 
     def each(self, verb: str, identifiers: Any) -> set[str]:
@@ -172,7 +173,10 @@ class Engine:
         return set(identifiers)
 
     def hold(self, size: int, before: Mapping[str, Any], *, now: float, deploys: bool = False) -> dict[str, Any]:
-        containers = [container(identifier, status) for identifier, status in self.states.items()]
+        containers = [
+            container(identifier, State={"Status": status, "StartedAt": f"boot {self.boots}"})
+            for identifier, status in self.states.items()
+        ]
         return keep.hold(size > 100, containers, before, deploys, now)
 
 
@@ -180,7 +184,8 @@ def test_over_its_ceiling_an_environment_is_paused_and_goes_on_below(monkeypatch
     engine = Engine(monkeypatch, "a", "b")
     assert engine.hold(100, {}, now=0)["state"] == "below"
     over = engine.hold(101, {}, now=0)
-    assert over == {"state": "paused", "paused": ["a", "b"], "released_until": 0.0}
+    started = {"a": "boot 0", "b": "boot 0"}
+    assert over == {"state": "paused", "paused": ["a", "b"], "started": started, "released_until": 0.0}
     assert set(engine.states.values()) == {"paused"}
     below = engine.hold(100, over, now=1)
     assert (below["state"], below["paused"]) == ("below", [])
@@ -215,6 +220,22 @@ def test_a_user_who_unpauses_has_time_to_remove_something(monkeypatch: pytest.Mo
     again = engine.hold(101, released, now=10 + keep.GRACE_SECONDS)
     assert again["state"] == "paused"
     assert set(engine.states.values()) == {"paused"}
+
+
+def test_what_a_reboot_has_started_again_is_paused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has let it go on: else dev would write for a quarter of an hour after each restart of the engine."""
+    engine = Engine(monkeypatch, "a", "b")
+    over = engine.hold(101, {}, now=0)
+    engine.states, engine.boots = dict.fromkeys("ab", "running"), 1
+    again = engine.hold(101, over, now=1)
+    assert (again["state"], again["paused"]) == ("paused", ["a", "b"])
+
+
+def test_a_service_that_says_it_is_a_probe_is_held_all_the_same() -> None:
+    both = container("a", Config={"Labels": {keep.LABEL: "dev", keep.PROBE: "me"}})
+    probe = container("b", Config={"Labels": {keep.PROBE: "4f3a"}})
+    other = container("c", Config={"Labels": {}})
+    assert [one["Id"] for one in keep.members("dev", "/bulkhead-dev", [both, probe, other])] == ["a", "c"]
 
 
 def test_released_and_then_below_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,17 @@ def test_a_container_that_no_deploy_made_is_told_when_it_touches_an_environment(
     assert found.observed.startswith(f"running, {observed}")
 
 
+def test_a_container_of_nobody_is_the_same_difference_whatever_state_it_is_in() -> None:
+    """One that restarts over and over is in another at each look."""
+    one = stranger(HostConfig={"CgroupParent": "/bulkhead-dev"})
+    (first,) = verify.containers(DECLARED, [*all_well(), one])
+    (second,) = verify.containers(DECLARED, [*all_well(), {**one, "State": {**one["State"], "Status": "restarting"}}])
+    assert second.observed == "restarting, in its slice /bulkhead-dev"
+    assert second.key == first.key
+    (other,) = verify.containers(DECLARED, [*all_well(), stranger(HostConfig={"CgroupParent": "/bulkhead-prod/x"})])
+    assert other.key != first.key
+
+
 def test_a_volume_of_prod_in_a_container_of_nobody_is_told() -> None:
     one = stranger()
     one["Mounts"] = [{"Type": "volume", "Name": "prod-db-data"}]
@@ -237,6 +248,27 @@ def test_a_network_that_others_made_is_theirs_to_be_on() -> None:
     inspected[1]["NetworkSettings"]["Networks"]["proxy"] = {}
     declared.stacks["dev"]["services"]["web"]["networks"].append("proxy")
     assert list(verify.containers(declared, inspected)) == []
+
+
+@pytest.mark.parametrize(
+    ("subnet", "tier", "well"),
+    [
+        ("10.82.7.0/24", "best-effort", True),
+        ("fd82:0:0:7::/64", "best-effort", True),
+        ("172.18.0.0/16", "best-effort", False),
+        ("10.82.0.0/15", "best-effort", False),
+        ("172.18.0.0/16", "protected", True),
+    ],
+)
+def test_an_external_network_of_dev_is_within_its_range(subnet: str, tier: str, well: bool) -> None:
+    """Else the firewall does not know that what comes from there is dev's, and lets it reach the host."""
+    host = {"environments": {"dev": {**DECLARED.environments["dev"], "tier": tier}}}
+    networks = {"dev-shared": {"subnet": None, "internal": None, "external": True}}
+    declared = Declared(host=host, stacks={"dev": {**DECLARED.stacks["dev"], "networks": networks}})
+    shared = {"Name": "dev-shared", "Internal": False, "IPAM": {"Config": [{"Subnet": subnet}]}}
+    found = [one for one in verify.networks(declared, [shared]) if one.where == "network dev-shared"]
+    told = ("dev", "range of an external network", "network dev-shared", "within 10.82.0.0/16 or fd82::/48", subnet)
+    assert found == ([] if well else [told])
 
 
 def test_a_carrier_of_files_is_ours_only_while_it_was_never_started() -> None:

@@ -25,6 +25,8 @@ LIMITS = (
     *("memory.min", "memory.low", "memory.high", "memory.max", "memory.swap.max"),
 )
 HEALTH_SECONDS = 300
+REPORTED_SECONDS = 300
+"""A period of the timer, and two looks of an emulated CPU."""
 BACK_UP = f"python3 {PROGRAM} backup --environment {PROD} --job db"
 LOCK = "/run/bulkhead/backup.lock"
 
@@ -182,14 +184,38 @@ def test_a_reload_of_systemd_changes_no_limit(server: Server, deployed: Deployme
     assert slices(server) == before
 
 
+def table(server: Server) -> str:
+    """The firewall's table, without what it has counted."""
+    return server.said("nft --stateless list table inet bulkhead")
+
+
+def test_a_change_by_hand_is_reported_by_the_timer(server: Server, deployed: Deployment) -> None:
+    file = f"/sys/fs/cgroup/bulkhead.slice/bulkhead-{DEV}.slice/pids.max"
+    before = server.said(f"cat {file}; echo 77 > {file}")
+    deadline = time.monotonic() + REPORTED_SECONDS
+    while f"bulkhead-{DEV}.slice/pids.max" not in server.said("cat /var/lib/bulkhead/verify.json"):
+        assert time.monotonic() < deadline
+        time.sleep(5)
+    server.run(f"echo {before} > {file}")
+
+
+def test_the_firewall_is_back_after_nftables_was_restarted_or_loaded_anew(server: Server, deployed: Deployment) -> None:
+    """Both flush all tables. The engine's own come back with its next start, which is the next test."""
+    before = table(server)
+    for verb in ("restart", "reload"):
+        server.run(f"systemctl {verb} nftables; systemctl is-active bulkhead-firewall")
+        assert table(server) == before
+
+
 def test_a_restart_of_the_engine_stops_no_service_and_changes_no_limit(server: Server, deployed: Deployment) -> None:
-    before, limits = healthy(server), slices(server)
+    before, limits, rules = healthy(server), slices(server), table(server)
     server.run("systemctl restart docker")
     after = {one["id"]: one for one in healthy(server)}
     for one in before:
         assert after[one["id"]]["state"]["Pid"] == one["state"]["Pid"], one["labels"]["bulkhead.service"]
         assert after[one["id"]]["cgroup"] == one["cgroup"]
     assert slices(server) == limits
+    assert table(server) == rules
 
 
 @pytest.fixture(scope="module")
