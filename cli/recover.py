@@ -1,7 +1,7 @@
 """Lost host: what a deploy needs is put with prod's backups after each `up`; `make recover` builds the host from it.
 
-That is Pulumi's state with its passphrase, and the settings. The key of prod's repositories opens it, so that one key
-brings everything back: the recovery key, which is shown once.
+That is Pulumi's state with its passphrase, the settings, and the Compose files and masks that they name. The key of
+prod's repositories opens it, so that one key brings everything back: the recovery key, which is shown once.
 """
 
 import io
@@ -9,7 +9,8 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from cli import deploy, order
 from cli.agent import Agent
 from cli.order import HOST, Stacks
 from cli.pulumi import Pulumi, PulumiError, backend_folder
-from settings.ledger import Tier
+from settings.errors import SettingsError
+from settings.ledger import LedgerSettings, Tier
+from settings.project import read_environment, read_project
 
 STATE = "deployer"
 """What its snapshots are called, beside those of prod's volumes."""
@@ -28,15 +31,33 @@ RECOVERED = "The settings that were here are beside them as *.before-recover"
 
 
 def packed(root: Path, backend: Path, passphrase: Path | None) -> bytes:
-    """A tar file of the settings, Pulumi's state and its passphrase."""
+    """A tar file of the settings and what they name, Pulumi's state and its passphrase."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for file in sorted(root.glob(SETTINGS)):
             tar.add(file, f"settings/{file.name}")
+        for file in sorted(set(named(root))):
+            tar.add(file, f"settings/{file.relative_to(root)}")
         tar.add(backend, "state")
         if passphrase and passphrase.exists():
             tar.add(passphrase, "passphrase")
     return archive.getvalue()
+
+
+def named(root: Path) -> Iterator[Path]:
+    """The files of the checkout that settings name: Compose files, masks, the policies' config. What cannot be read
+    has failed the deploy already, and does not keep the state from being stored."""
+    if (config := root / "policy-config.json").exists():
+        yield config
+    with suppress(SettingsError):
+        ledger = LedgerSettings.read(root / f"Pulumi.{HOST}.yaml")
+        for name in ledger.environments:
+            with suppress(SettingsError):
+                settings = read_environment(name, root)
+                volumes = read_project(settings, ledger).volumes.values()
+                masks = [one.x_bulkhead.refresh.mask for one in volumes if one.x_bulkhead.refresh]
+                files = [*settings.compose, *(settings.compose[0].parent / mask for mask in masks if mask)]
+                yield from (file for file in files if file.is_file() and file.is_relative_to(root))
 
 
 def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> None:
@@ -192,10 +213,13 @@ def unpacked(archive: bytes, root: Path, backend: Path, variables: Mapping[str, 
             ):
                 raise PulumiError(f"{member.name} is nothing that was saved here. Next step: another snapshot")
             tar.extract(member, folder)
-        for file in sorted(Path(folder, "settings").iterdir()):
-            there = root / file.name
+        for file in sorted(path for path in Path(folder, "settings").rglob("*") if path.is_file()):
+            there = root / file.relative_to(Path(folder, "settings"))
+            if there.exists() and there.read_bytes() == file.read_bytes():
+                continue
             if there.exists():
                 there.replace(there.with_name(f"{there.name}.before-recover"))
+            there.parent.mkdir(parents=True, exist_ok=True)
             there.write_bytes(file.read_bytes())
         moved(Path(folder, "state"), backend)
         passphrase = Path(folder, "passphrase")

@@ -52,6 +52,8 @@ are deleted too while WAL is written."""
 KEYS = 0.5
 """Part of the keys which a restored Redis has read at least; where it does not tell (before 7), of those that do not
 expire which it has."""
+CHECKED_IN = 10
+"""Drills in which all of a repository is read once: what is damaged may be in an older backup only."""
 SOCKET = "/tmp"  # noqa: S108 - in a container of its own
 Say = Callable[[str], None]
 
@@ -923,10 +925,12 @@ def drilled(job: Job, state: State, say: Say) -> bool:
                 "found": done.found,
             }
             with between_wal(job, "check"):  # it wants the repository for itself
-                repository.call("check", "--read-data-subset=10%", seconds=RECOVERY_SECONDS)
+                turn = int(known.get("drills") or 0) % CHECKED_IN + 1
+                repository.call("check", f"--read-data-subset={turn}/{CHECKED_IN}", seconds=RECOVERY_SECONDS)
             record[target]["phases"] = done.phases.ended()
         known |= {
             "last_verified": began,
+            "drills": int(known.get("drills") or 0) + 1,
             "drill_error": None,
             "rto": max(record[target]["rto"] for target in job.repositories),
             "rpo": max(record[target]["rpo"] for target in job.repositories),

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.deployed import copied
-from tests.e2e.conftest import DEV, MASK_FILE, OVERLAY, PROD, VOLUMES, Deployment, clear, running
+from tests.e2e.conftest import DEV, OVERLAY, PROD, VOLUMES, Deployment, clear, running
 from tests.e2e.test_backup import redis, sql
 from tests.e2e.test_deployment import eventually, healthy, http
 from tests.s3 import Server
@@ -84,8 +84,7 @@ def test_a_lost_host_comes_back_from_its_backups_and_a_key(
 
     folder = tmp_path_factory.mktemp("recovered")
     copied(folder)
-    for name in (OVERLAY, MASK_FILE):  # which a user's own checkout has
-        shutil.copy(live.folder / name, folder / name)
+    assert not (folder / OVERLAY).exists()  # it comes back with the settings that name it
     fresh = Deployment(folder, tmp_path_factory.mktemp("fresh"))
     source = f"s3:{s3.endpoint}/live"
     wrong = fresh.make("recover", PROD, FROM=source, RECOVERY_KEY="another", **own)

@@ -332,6 +332,27 @@ def test_a_drill_is_recorded_with_its_phases_the_check_of_the_repository_among_t
     assert set(record["disk"]["phases"]) == {"stop", "check"}
 
 
+def test_drills_read_all_of_a_repository_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random part of it each time would leave damage in an older backup unseen for months."""
+    places = Places(tmp_path)
+    parts: list[str] = []
+    one = replace(job(places), repositories={"disk": repository()})
+
+    def call(_: Repository, verb: str, *words: str, **__: object) -> str:
+        parts.extend(word.partition("=")[2] for word in words if verb == "check")
+        return ""
+
+    monkeypatch.setattr(
+        restore, "restored", lambda *_: restore.Restored(one, "v", snapshot("a", NOW), NOW, Phases("stop"))
+    )
+    monkeypatch.setattr(restore, "ask", lambda *_: "")
+    monkeypatch.setattr(Repository, "call", call)
+    state = State(places)
+    for _ in range(11):
+        assert restore.drilled(one, state, print)
+    assert parts == [*(f"{part}/10" for part in range(1, 11)), "1/10"]
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_drill_that_finds_fewer_rows_sees_whether_they_were_deleted_since_or_never_saved(
     saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -547,6 +547,18 @@ def test_the_host_is_told_the_backups_of_what_was_deployed(console: Console) -> 
     assert host.jobs["prod"] == (jobs, True)
 
 
+LEDGER = """
+config:
+  bulkhead:capacity: {cpus: 4, memory: 8GiB, disk: 100GiB}
+  bulkhead:environments:
+    prod: {tier: protected, subnet: 10.81.0.0/16, reservations: {cpus: 2, memory: 4GiB}}
+"""
+COMPOSE = """
+services: {db: {image: postgres, volumes: [data:/data]}}
+volumes: {data: {x-bulkhead: {refresh: {environment: prod, mask: mask.sql}}}}
+"""
+
+
 def with_state(tmp_path: Path, *secrets: tuple[str, str]) -> Recorder:
     """A deployment whose state is in a folder."""
     recorder = Recorder(DEPLOYED, {})
@@ -556,7 +568,11 @@ def with_state(tmp_path: Path, *secrets: tuple[str, str]) -> Recorder:
     (backend / ".pulumi/stacks/bulkhead/prod.json").write_text("{}")
     (tmp_path / "state/passphrase").write_text("secret")
     (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout/Pulumi.prod.yaml").write_text("config: {}\n")
+    (tmp_path / "checkout/Pulumi.prod.yaml").write_text("config: {bulkhead:compose: [shop/compose.yaml]}\n")
+    (tmp_path / "checkout/Pulumi.host.yaml").write_text(LEDGER)
+    (tmp_path / "checkout/shop").mkdir()
+    (tmp_path / "checkout/shop/compose.yaml").write_text(COMPOSE)
+    (tmp_path / "checkout/shop/mask.sql").write_text("delete from people")
     recorder.root = tmp_path / "checkout"
     recorder.variables = {
         "PULUMI_BACKEND_URL": f"file://{backend}",
@@ -584,7 +600,11 @@ def test_settings_and_state_go_with_prods_backups_and_the_recovery_key_is_shown_
     root.mkdir()
     (root / "Pulumi.prod.yaml").write_text("the one that was here")
     recover.unpacked(host.saved[0][2], root, backend, {})
-    assert (root / "Pulumi.prod.yaml").read_text() == "config: {}\n"
+    assert (root / "Pulumi.prod.yaml").read_text() == "config: {bulkhead:compose: [shop/compose.yaml]}\n"
+    assert (root / "shop/compose.yaml").read_text() == COMPOSE
+    assert (root / "shop/mask.sql").read_text() == "delete from people"
+    assert (root / "Pulumi.prod.yaml.before-recover").read_text() == "the one that was here"
+    recover.unpacked(host.saved[0][2], root, backend, {})  # what is the same stays as it is
     assert (root / "Pulumi.prod.yaml.before-recover").read_text() == "the one that was here"
     assert (backend / ".pulumi/stacks/bulkhead/prod.json").read_text() == "{}"
     passphrase = tmp_path / "fresh/passphrase"
