@@ -14,6 +14,7 @@ from cli import agent, backups, bootstrap, bucket, deploy, diagram, doctor, orde
 from cli import recover as recovery
 from cli.pulumi import Pulumi, PulumiError
 from settings.backup import LAST_KNOWN
+from settings.state import state_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / ".bulkhead" / "report"
@@ -265,7 +266,16 @@ def make_bucket(
     jobs = pulumi.secret(environment, deploy.JOBS) if environment in pulumi.stacks() else None
     key = jobs["password"] if jobs else None
     raise typer.Exit(
-        bucket.ensure(where, environment, os.environ, principal or (), key, console, compliance=compliance)
+        bucket.ensure(
+            where,
+            environment,
+            os.environ,
+            principal or (),
+            key,
+            console,
+            compliance=compliance,
+            note=state_folder(os.environ, Path.home()) / bucket.NOTES,
+        )
     )
 
 

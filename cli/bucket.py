@@ -4,9 +4,10 @@ host/bucket.py does it; it is loaded only here, since it needs boto3."""
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from host.bucket import Credentials, Feature, Role
 
 KEY = "bulkhead:backup.targets"
+NOTES = "buckets.json"
+"""In the folder of this user's state."""
 OWN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 COLOURS = {"set": "green", "as it was": "green", "not supported by this endpoint": "yellow", "failed": "red"}
 
@@ -67,19 +70,37 @@ def ensure(
     console: Console,
     *,
     compliance: bool,
+    note: Path | None = None,
 ) -> int:
     """Makes or checks the bucket and the repository in it, and shows how they stand. 1 if backups lack something that
-    they rely on. `key`: the environment's, of its repositories; None before its first deploy."""
+    they rely on. `key`: the environment's, of its repositories; None before its first deploy. `note`: the file in which
+    what is lacking is noted for `make doctor` (`noted`)."""
     from host import bucket
+    from host.bucket import State
 
     given = grants(principals)
     with asking(target, "looking at", console):
         features = bucket.ensure(target, environment, credentials(variables), compliance=compliance, principals=given)
         features.append(repository(target, environment, variables, key))
     console.print(table(features))
+    if note:
+        lacking = {one.name: str(one.state) for one in features if one.state in (State.UNSUPPORTED, State.FAILED)}
+        known = noted(note) | {"/".join(target.place): {"at": f"{date.today()}", "lacking": lacking}}
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(known, indent=1) + "\n")
     changed = sum(one.state is bucket.State.SET for one in features)
     console.print(f"{changed} of {len(features)} changed." if changed else "Nothing changed.", highlight=False)
     return int(any(one.lacking for one in features))
+
+
+def noted(file: Path) -> dict[str, dict[str, Any]]:
+    """What was lacking when each bucket was last looked at from here, by its place: `at`, a date, and `lacking`, how it
+    stands by feature."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 @contextmanager

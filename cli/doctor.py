@@ -15,9 +15,10 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from cli import bucket
 from cli.pulumi import STATE_SPACE, Pulumi, PulumiError, backend_folder, environment, existing
 from settings import host
-from settings.backup import FolderTarget
+from settings.backup import BucketTarget, FolderTarget
 from settings.compose_cli import find_compose
 from settings.errors import SettingsError
 from settings.host import HostFacts
@@ -359,6 +360,24 @@ def backup_folders(facts: HostFacts, ledger: LedgerSettings | None) -> Iterator[
         yield Line(f"backup target {name}", status, found, remedy)
 
 
+def buckets(ledger: LedgerSettings | None, notes: Path) -> Iterator[Line]:
+    """What the endpoints of backups' buckets cannot do, as `make bucket` has found with their owner's credentials."""
+    known, targets = bucket.noted(notes), ledger.backup.targets if ledger else {}
+    for name, target in targets.items():
+        if not isinstance(target, BucketTarget):
+            continue
+        found, where = known.get("/".join(target.place)), f"backup target {name}"
+        if found is None:
+            remedy = "make bucket, with the owner's credentials, says what it can and sets it."
+            yield Line(where, Status.WARN, f"nobody has looked at bucket {target.bucket} from here", remedy)
+        elif found["lacking"]:
+            lacking = ", ".join(f"{feature}: {how}" for feature, how in found["lacking"].items())
+            remedy = "Know what you do without (docs/runbooks/ransomware.md), or use another endpoint: make bucket."
+            yield Line(where, Status.WARN, f"on {found['at']}: {lacking}", remedy)
+        else:
+            yield Line(where, Status.OK, f"nothing was lacking on {found['at']}")
+
+
 def state(variables: Mapping[str, str], own: Path) -> Iterator[Line]:
     """Where the state is, whether it has room, and who may read the passphrase."""
     backend = variables.get("PULUMI_BACKEND_URL")
@@ -475,6 +494,7 @@ def examine(root: Path) -> list[Line]:
     if facts.local:
         lines.append(swap(Path("/proc/meminfo").read_text()))
     lines += [*oom_scores(facts.scores), *disk_ceilings(ledger)]
+    lines += buckets(ledger, state_folder(os.environ, Path.home()) / bucket.NOTES)
     lines += [free_disk(facts), *backup_folders(facts, ledger), *host_programs(facts), *connections(facts)]
     return [*lines, *(capacity(ledger, facts) if ledger else [])]
 

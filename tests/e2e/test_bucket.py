@@ -350,13 +350,16 @@ def test_with_tls_required_a_user_comes_in_with_it_and_not_without(
 # The command.
 
 
-def test_the_command_shows_what_was_done_and_wrong_credentials_what_to_do(s3: Server) -> None:
+def test_the_command_shows_what_was_done_and_wrong_credentials_what_to_do(s3: Server, tmp_path: Path) -> None:
     variables = s3.variables
     output = io.StringIO()
     console = Console(file=output, width=120)
     target = s3.target("command", lock="1d")
-    assert command.ensure(target, "prod", variables, [], None, console, compliance=False) == 0
+    note = tmp_path / "state/buckets.json"
+    assert command.ensure(target, "prod", variables, [], None, console, compliance=False, note=note) == 0
     assert "not supported by this endpoint" in output.getvalue()
+    (known,) = command.noted(note).values()
+    assert set(known["lacking"]) == {"lifecycle", "public access blocked"}  # which make doctor names
     for wrong in ({"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ACCESS_KEY_ID": "nobody"}):
         with pytest.raises(SettingsError, match="Next step: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to"):
             command.ensure(target, "prod", variables | wrong, [], None, console, compliance=False)

@@ -547,13 +547,13 @@ def test_the_host_is_told_the_backups_of_what_was_deployed(console: Console) -> 
     assert host.jobs["prod"] == (jobs, True)
 
 
-LEDGER = """
+ONLY_PROD = """
 config:
   bulkhead:capacity: {cpus: 4, memory: 8GiB, disk: 100GiB}
   bulkhead:environments:
     prod: {tier: protected, subnet: 10.81.0.0/16, reservations: {cpus: 2, memory: 4GiB}}
 """
-COMPOSE = """
+WITH_MASK = """
 services: {db: {image: postgres, volumes: [data:/data]}}
 volumes: {data: {x-bulkhead: {refresh: {environment: prod, mask: mask.sql}}}}
 """
@@ -569,9 +569,9 @@ def with_state(tmp_path: Path, *secrets: tuple[str, str]) -> Recorder:
     (tmp_path / "state/passphrase").write_text("secret")
     (tmp_path / "checkout").mkdir()
     (tmp_path / "checkout/Pulumi.prod.yaml").write_text("config: {bulkhead:compose: [shop/compose.yaml]}\n")
-    (tmp_path / "checkout/Pulumi.host.yaml").write_text(LEDGER)
+    (tmp_path / "checkout/Pulumi.host.yaml").write_text(ONLY_PROD)
     (tmp_path / "checkout/shop").mkdir()
-    (tmp_path / "checkout/shop/compose.yaml").write_text(COMPOSE)
+    (tmp_path / "checkout/shop/compose.yaml").write_text(WITH_MASK)
     (tmp_path / "checkout/shop/mask.sql").write_text("delete from people")
     recorder.root = tmp_path / "checkout"
     recorder.variables = {
@@ -601,7 +601,7 @@ def test_settings_and_state_go_with_prods_backups_and_the_recovery_key_is_shown_
     (root / "Pulumi.prod.yaml").write_text("the one that was here")
     recover.unpacked(host.saved[0][2], root, backend, {})
     assert (root / "Pulumi.prod.yaml").read_text() == "config: {bulkhead:compose: [shop/compose.yaml]}\n"
-    assert (root / "shop/compose.yaml").read_text() == COMPOSE
+    assert (root / "shop/compose.yaml").read_text() == WITH_MASK
     assert (root / "shop/mask.sql").read_text() == "delete from people"
     assert (root / "Pulumi.prod.yaml.before-recover").read_text() == "the one that was here"
     recover.unpacked(host.saved[0][2], root, backend, {})  # what is the same stays as it is

@@ -1,6 +1,7 @@
 """Doctor's lines: each check from what was read to status, words and remedy.
 Folders like /sys are made in a temporary place; the machine itself is not asked."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -289,6 +290,25 @@ def test_a_folder_for_backups_is_on_a_disk_of_its_own_with_room(
     assert (line.name, line.status) == ("backup target disk", expected)
     assert words in line.found
     assert bool(line.remedy) is (expected is Status.WARN)
+
+
+def test_what_a_buckets_endpoint_cannot_do_is_named_and_one_that_nobody_has_looked_at_too(tmp_path: Path) -> None:
+    file, notes = tmp_path / "Pulumi.host.yaml", tmp_path / "buckets.json"
+    there = "away: {endpoint: https://s3, bucket: acme, prefix: shop}"
+    file.write_text(TARGETS.format(more="").replace("away: {path: /mnt/away}", there))
+    ledger = LedgerSettings.read(file)
+    (line,) = doctor.buckets(ledger, notes)
+    assert (line.name, line.status) == ("backup target away", Status.WARN)
+    assert "nobody has looked at bucket acme" in line.found
+    for lacking, expected, words in (
+        ({"lifecycle": "not supported by this endpoint"}, Status.WARN, "lifecycle: not supported by this endpoint"),
+        ({}, Status.OK, "nothing was lacking on 2026-01-02"),
+    ):
+        notes.write_text(json.dumps({"https://s3/acme/shop": {"at": "2026-01-02", "lacking": lacking}}))
+        (line,) = doctor.buckets(ledger, notes)
+        assert line.status is expected
+        assert words in line.found
+    assert list(doctor.buckets(None, notes)) == []
 
 
 @pytest.mark.parametrize("there", [True, False])
