@@ -25,10 +25,12 @@ LIMITS = (
     *("memory.min", "memory.low", "memory.high", "memory.max", "memory.swap.max"),
 )
 HEALTH_SECONDS = 300
+BACK_SECONDS = 60
 REPORTED_SECONDS = 300
 """A period of the timer, and two looks of an emulated CPU."""
 BACK_UP = f"python3 {PROGRAM} backup --environment {PROD} --job db"
 LOCK = "/run/bulkhead/backup.lock"
+TABLE = "nft --stateless list table inet bulkhead"
 
 # Read in one go: a connection takes longer than all of it.
 CONTAINERS = """
@@ -186,7 +188,7 @@ def test_a_reload_of_systemd_changes_no_limit(server: Server, deployed: Deployme
 
 def table(server: Server) -> str:
     """The firewall's table, without what it has counted."""
-    return server.said("nft --stateless list table inet bulkhead")
+    return server.said(TABLE)
 
 
 def test_a_change_by_hand_is_reported_by_the_timer(server: Server, deployed: Deployment) -> None:
@@ -203,8 +205,11 @@ def test_the_firewall_is_back_after_nftables_was_restarted_or_loaded_anew(server
     """Both flush all tables. The engine's own come back with its next start, which is the next test."""
     before = table(server)
     for verb in ("restart", "reload"):
-        server.run(f"systemctl {verb} nftables; systemctl is-active bulkhead-firewall")
-        assert table(server) == before
+        server.run(f"systemctl {verb} nftables")  # and does not wait for what that entails
+        deadline = time.monotonic() + BACK_SECONDS
+        while server.run(TABLE, check=False).stdout.rstrip() != before:
+            assert time.monotonic() < deadline, server.run(TABLE, check=False)
+            time.sleep(1)
 
 
 def test_a_restart_of_the_engine_stops_no_service_and_changes_no_limit(server: Server, deployed: Deployment) -> None:
