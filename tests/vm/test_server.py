@@ -25,7 +25,7 @@ LIMITS = (
     *("memory.min", "memory.low", "memory.high", "memory.max", "memory.swap.max"),
 )
 HEALTH_SECONDS = 300
-BACK_SECONDS = 60
+BACK_SECONDS = 120
 REPORTED_SECONDS = 300
 """A period of the timer, and two looks of an emulated CPU."""
 BACK_UP = f"python3 {PROGRAM} backup --environment {PROD} --job db"
