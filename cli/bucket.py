@@ -76,7 +76,6 @@ def ensure(
     they rely on. `key`: the environment's, of its repositories; None before its first deploy. `note`: the file in which
     what is lacking is noted for `make doctor` (`noted`)."""
     from host import bucket
-    from host.bucket import State
 
     given = grants(principals)
     with asking(target, "looking at", console):
@@ -84,7 +83,8 @@ def ensure(
         features.append(repository(target, environment, variables, key))
     console.print(table(features))
     if note:
-        lacking = {one.name: str(one.state) for one in features if one.state in (State.UNSUPPORTED, State.FAILED)}
+        short = (bucket.State.UNSUPPORTED, bucket.State.FAILED)
+        lacking = {one.name: str(one.state) for one in features if one.state in short}
         known = noted(note) | {"/".join(target.place): {"at": f"{date.today()}", "lacking": lacking}}
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(known, indent=1) + "\n")

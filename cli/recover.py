@@ -71,10 +71,10 @@ def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> Non
     passphrase = pulumi.variables.get("PULUMI_CONFIG_PASSPHRASE_FILE")
     known = pulumi.stacks()
     # Of all protected environments, whichever were deployed just now: the state is that of all.
-    for name in (name for name, tier in stacks.tiers.items() if tier is Tier.PROTECTED and known.get(name)):
-        jobs = pulumi.secret(name, deploy.JOBS)
-        if not jobs:
-            continue
+    names = [name for name, tier in stacks.tiers.items() if tier is Tier.PROTECTED and known.get(name)]
+    found = {name: jobs for name in names if (jobs := pulumi.secret(name, deploy.JOBS))}
+    archive = packed(pulumi.root, backend, Path(passphrase) if passphrase else None) if found else b""
+    for name, jobs in found.items():
         shown = backend.parent / f"recovery-key-of-{name}-was-shown"
         if not shown.exists():
             console.print(
@@ -86,7 +86,7 @@ def store(pulumi: Pulumi, agent: Agent, stacks: Stacks, console: Console) -> Non
                 soft_wrap=True,
             )
             shown.touch(mode=0o600)
-        said = agent.store(name, STATE, packed(pulumi.root, backend, Path(passphrase) if passphrase else None))
+        said = agent.store(name, STATE, archive)
         console.print(f"{name}: {said}", highlight=False)
 
 

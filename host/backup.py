@@ -794,11 +794,10 @@ def run(args: argparse.Namespace, places: Places = Places()) -> int:  # noqa: B0
                 file=sys.stderr,
             )
             wanted, well = [job for job in wanted if job.environment != environment], False
-        for mark in (one.mark for job in wanted for one in job.targets if args.anew):
-            if mark:
-                mark.unlink(missing_ok=True)
         for job in wanted if args.anew else ():
             state.of(job).pop("whole", None)
+            for mark in (one.mark for one in job.targets if one.mark):
+                mark.unlink(missing_ok=True)
         last, unnoted = best_effort(places), False
         for job in sorted(wanted, key=lambda job: job.environment in last):
             try:

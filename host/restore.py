@@ -901,6 +901,7 @@ def refresh(args: argparse.Namespace, state: State, places: Places) -> int:
 def drilled(job: Job, state: State, say: Say) -> bool:
     """Restores the newest backup from every target into a volume that goes again. Whether all of it was there."""
     known, began = state.of(job), time.time()
+    drills = int(known.get("drills") or 0)
     known["drill_at"] = began
     record: dict[str, Any] = {"job": job.key, "kind": "drill", "start": began}
     try:
@@ -925,12 +926,12 @@ def drilled(job: Job, state: State, say: Say) -> bool:
                 "found": done.found,
             }
             with between_wal(job, "check"):  # it wants the repository for itself
-                turn = int(known.get("drills") or 0) % CHECKED_IN + 1
-                repository.call("check", f"--read-data-subset={turn}/{CHECKED_IN}", seconds=RECOVERY_SECONDS)
+                part = f"--read-data-subset={drills % CHECKED_IN + 1}/{CHECKED_IN}"
+                repository.call("check", part, seconds=RECOVERY_SECONDS)
             record[target]["phases"] = done.phases.ended()
         known |= {
             "last_verified": began,
-            "drills": int(known.get("drills") or 0) + 1,
+            "drills": drills + 1,
             "drill_error": None,
             "rto": max(record[target]["rto"] for target in job.repositories),
             "rpo": max(record[target]["rpo"] for target in job.repositories),

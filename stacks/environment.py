@@ -137,9 +137,9 @@ def told_of(jobs: Mapping[str, BackupJob]) -> pulumi.Input[dict[str, Any]]:
     deployed = pulumi.StackReference("deployed", stack_name=stack_of(pulumi.get_stack()))
 
     def told(before: Mapping[str, Any] | None) -> dict[str, Any]:
-        backups = before or {}
+        there = before or {}
         return {
-            key: {**job.told, "when_deployed": when_deployed(known.get(job.told["volume"]), backups.get(key) or {})}
+            key: {**job.told, "when_deployed": when_deployed(known.get(job.told["volume"]), there.get(key, {}))}
             for key, job in jobs.items()
         }
 

@@ -19,13 +19,16 @@ from host import backup, engines, restore
 from host.backup import Job, State
 from host.machine import Places
 from host.restic import BackupError, Repository
+from tests.deployed import removed
 from tests.e2e.test_bucket import small, states
+from tests.e2e.test_deployment import eventually
 from tests.s3 import Server, server
 
 pytestmark = pytest.mark.e2e
 
 DAY = 86400.0
 NAME = "e2e-runs"
+RESTORED = f"{backup.RESTORE_LABEL}={NAME}/letters"
 IMAGE = "debian:bookworm-slim"
 FILES = """
 cd /data
@@ -40,18 +43,12 @@ exec sleep 600
 """
 
 
-def remove(engine: docker.DockerClient) -> None:
-    for container in engine.containers.list(all=True, filters={"name": f"^/?{NAME}"}):
-        container.remove(force=True, v=True)
-    for volume in engine.volumes.list(filters={"name": f"^{NAME}"}):
-        volume.remove(force=True)
-
-
 @pytest.fixture
 def container(engine: docker.DockerClient) -> Iterator[Container]:
     """A service's container with a volume of files."""
-    remove(engine)  # of a run that was cut off
+    removed(engine, [NAME], [RESTORED])  # of a run that was cut off
     try:
+        engine.volumes.create(f"{NAME}-letters", labels={engines.LABEL: NAME})
         made: Container = engine.containers.run(
             IMAGE,
             ["sh", "-euc", FILES],
@@ -62,13 +59,10 @@ def container(engine: docker.DockerClient) -> Iterator[Container]:
             volumes={f"{NAME}-letters": {"bind": "/data", "mode": "rw"}},
             network_mode="none",
         )
-        end = time.monotonic() + 30
-        while inside(made, "cat", "/data/state") != "idle":
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        assert eventually(lambda: inside(made, "cat", "/data/state") == "idle", seconds=30)
         yield made
     finally:
-        remove(engine)
+        removed(engine, [NAME], [RESTORED])
 
 
 def inside(container: Container, *words: str) -> str:
@@ -80,7 +74,7 @@ def inside(container: Container, *words: str) -> str:
 def job(folder: Path, *repositories: Repository, **declared: Any) -> Job:
     """The volume's backup, with what the agent keeps of it in a folder of the test's own."""
     places = Places(folder)
-    (places.declared).mkdir(parents=True, exist_ok=True)
+    places.declared.mkdir(parents=True, exist_ok=True)
     (places.declared / "host.json").write_text(json.dumps({"environments": {}}))
     one = {"volume": f"{NAME}-letters", "service": "post", "engine": "files", "schedule": DAY, "at": None}
     settings = {**one, "retain": {"last": 2}, **declared}
@@ -97,8 +91,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int, int, str]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         known = path.lstat()
-        content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        content = content.encode() if isinstance(content, str) else content
+        content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
         found[str(path.relative_to(folder))] = (
             known.st_mode, known.st_uid, known.st_gid, hashlib.sha256(content).hexdigest()
         )  # fmt: skip
@@ -176,7 +169,8 @@ def test_a_bucket_that_is_away_or_refuses_is_told_until_it_takes_backups_again_a
         return well, alarms(one, state).get("failed", ""), failures.rpartition(" ")[2]
 
     with server(tmp_path / "s3") as s3:
-        one, bucket = in_both(folder, s3, tmp_path)
+        bucket = made_in(s3, tmp_path)
+        one = job(tmp_path, folder, bucket)
         state = State(one.places)
         assert seen(one, state) == (True, "", "0")
     well, told, failures = seen(one, state)
@@ -185,7 +179,7 @@ def test_a_bucket_that_is_away_or_refuses_is_told_until_it_takes_backups_again_a
     assert len(folder.snapshots()) == 2  # the one that succeeded, and this one
     with server(tmp_path / "s3", again=s3):
         revoked = replace(bucket, variables={**bucket.variables, "AWS_SECRET_ACCESS_KEY": "revoked"})
-        well, told, failures = seen(replace(one, repositories={"disk": folder, "offsite": revoked}), state)
+        well, told, failures = seen(job(tmp_path, folder, revoked), state)
         assert (well, failures) == (False, "2")
         assert "backup_<target>_key_id" in told
         assert seen(one, state) == (True, "", "0")
@@ -194,13 +188,12 @@ def test_a_bucket_that_is_away_or_refuses_is_told_until_it_takes_backups_again_a
     assert ["error" in record for record in records] == [False, True, True, False]
 
 
-def in_both(folder: Repository, s3: Server, tmp_path: Path) -> tuple[Job, Repository]:
-    """The volume's backup into a folder and a bucket, and the bucket's repository."""
+def made_in(s3: Server, tmp_path: Path) -> Repository:
+    """The repository in a bucket, as its owner has made it."""
     target = s3.target("runs")
     states(target, NAME, s3.owner)
     command.repository(target, NAME, s3.variables, "key")
-    bucket = Repository(target.repository(NAME), "key", tmp_path / "cache", s3.variables)
-    return replace(job(tmp_path), repositories={"disk": folder, "offsite": bucket}), bucket
+    return Repository(target.repository(NAME), "key", tmp_path / "cache", s3.variables)
 
 
 def test_a_full_disk_fails_this_backup_loudly_and_leaves_the_one_before(container: Container, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from host import keep
 from host.machine import Places, write
 from settings import host
 from settings.ledger import Budget, Capacity, Environment, Ledger, Tier, slice_name
+from tests.e2e.test_deployment import eventually
 
 pytestmark = pytest.mark.e2e
 
@@ -206,10 +207,8 @@ def test_processes_of_the_slice_are_the_first_to_go_when_the_machine_is_out_of_m
     start: Start, places: Places
 ) -> None:
     bystander, inside = start("sleep 60", inside=False), start("sleep 60 & sleep 60")
-    end = time.monotonic() + 30  # a container has started before its shell has
-    while len(inside.top()["Processes"]) < 4:  # init, the shell and its two
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    # A container has started before its shell has: init, the shell and its two.
+    assert eventually(lambda: len(inside.top()["Processes"]) >= 4, seconds=30)
     assert (score(bystander), score(inside)) == (0, 0)
     assert kept(places) == 0
     assert (score(bystander), score(inside)) == (0, 1000)
